@@ -1,0 +1,137 @@
+"""The mesh, the one table of logical axes, and host <-> global arrays."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis -> mesh axes. "question" is the only axis of activations that
+# is split over hosts; a weight has at most one axis on fsdp, one on tensor.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  "question": ("data", "fsdp"),
+  "lane": ("data", "fsdp"),
+  "microbatch": None,
+  "layer": None,
+  "embed": "fsdp",
+  "vision_embed": "fsdp",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "mlp": "tensor",
+  "vocab": "tensor",
+  "head_dim": None,
+  "patch": None,
+  "norm": None,
+}
+
+_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar(
+  "mesh", default=None
+)
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
+  """A mesh over all devices; one size may be -1 and takes what is left.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  count = jax.device_count()
+  free = [name for name, size in sizes.items() if size == -1]
+  fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+  if len(free) > 1 or any(s < 1 and s != -1 for s in sizes.values()):
+    raise ValueError(
+      f"mesh: got {sizes}; sizes are positive and at most one is -1."
+    )
+  if free and count % fixed == 0:
+    sizes[free[0]] = count // fixed
+  if int(np.prod(list(sizes.values()))) != count:
+    raise ValueError(
+      f"mesh: {sizes} does not make {count} devices; set one size to -1 or "
+      f"choose sizes whose product is {count}."
+    )
+  devices = np.asarray(jax.devices()).reshape(tuple(sizes.values()))
+  return Mesh(devices, AXES)
+
+
+def data_shards(mesh: Mesh) -> int:
+  """Slices that the questions of a batch are split into."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+  """Makes `constrain` in layers refer to this mesh while tracing."""
+  token = _mesh.set(mesh)
+  try:
+    yield
+  finally:
+    _mesh.reset(token)
+
+
+def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+  """Mesh axes of an array with these logical axes.
+
+  Raises:
+    ValueError: an unknown name, or two axes that fall on one mesh axis.
+  """
+  names: list[str | tuple[str, ...] | None] = []
+  taken: dict[str, str] = {}
+  for axis in axes:
+    if axis is not None and axis not in RULES:
+      raise ValueError(
+        f"sharding: no logical axis {axis!r}; there are {sorted(RULES)}."
+      )
+    rule = None if axis is None else RULES[axis]
+    for name in (rule,) if isinstance(rule, str) else rule or ():
+      if name in taken:
+        raise ValueError(
+          f"sharding: axes {taken[name]!r} and {axis!r} of {axes} both fall "
+          f"on mesh axis {name!r}."
+        )
+      taken[name] = str(axis)
+    names.append(rule)
+  return PartitionSpec(*names)
+
+
+def sharding(
+  mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> NamedSharding:
+  """Sharding of an array; a dimension that does not divide is replicated."""
+  names = list(spec(axes))
+  for i, (name, size) in enumerate(zip(names, shape, strict=True)):
+    parts = (name,) if isinstance(name, str) else name or ()
+    if size % int(np.prod([mesh.shape[p] for p in parts])):
+      names[i] = None
+  return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+  """Pins the layout of an activation, where a mesh is in use."""
+  mesh = _mesh.get()
+  if mesh is None or mesh.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape))
+
+
+def to_global(mesh: Mesh, tree: Any, axes: Any) -> Any:
+  """Host arrays of this process -> global arrays.
+
+  Args:
+    mesh: the mesh.
+    tree: pytree of numpy arrays, each with this host's own questions.
+    axes: pytree prefix whose leaves are tuples of logical axes.
+  """
+
+  def place(axes: tuple[str | None, ...], x: np.ndarray) -> jax.Array:
+    names = NamedSharding(mesh, spec(axes))
+    return jax.make_array_from_process_local_data(names, np.asarray(x))
+
+  return jax.tree.map(
+    place, axes, tree, is_leaf=lambda x: isinstance(x, tuple)
+  )

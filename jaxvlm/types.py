@@ -1,0 +1,131 @@
+"""The records that travel between the stations of the loop.
+
+Letters: Q questions, G completions a question, P prompt length, C completion
+length, T packed row length, N scored tokens of a packed row, L vision patches
+of a lane, M = L / merge**2 visual tokens, S vision lanes (data shards).
+
+Arrays are numpy on the host and jax.Array on the device; the records are the
+same. Host-only records (`Example`, `Question`, `Scores`) are not pytrees.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array | np.ndarray
+Params = dict[str, Any]  # nested, arrays at the leaves
+
+Picture = str | bytes | np.ndarray  # a path, an encoded file, or uint8 [H W 3]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+  """One row of a data set, as a source gives it."""
+
+  problem: str  # with one <image> marker for each picture
+  answer: str  # "" only where response is given
+  images: tuple[Picture, ...] = ()
+  task: str = ""  # evaluation reports accuracy for each task
+  name: str = ""  # file and row, for messages
+  response: str | None = None  # None: sampled; text: the target of SFT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+  """One prepared row: what the model is shown, on the host."""
+
+  question_id: int  # uint32, its place in the stage's stream of data
+  example: Example
+  prompt_ids: np.ndarray  # int32 [P]
+  position_ids: np.ndarray  # int32 [3 P]
+  pixel_values: np.ndarray  # float32 [patches, channels * 2 * patch ** 2]
+  image_grid_thw: np.ndarray  # int32 [images, 3]
+  response_ids: np.ndarray | None = None  # int32 [C] through EOS; None: no SFT
+
+
+def record(cls: type) -> type:
+  """Makes a frozen, keyword-only dataclass that is a pytree of its fields."""
+  cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+  names = [field.name for field in dataclasses.fields(cls)]
+  return jax.tree_util.register_dataclass(cls, names, [])
+
+
+@record
+class Vision:
+  """The pictures of a batch, packed in one lane for each data shard.
+
+  Lane s holds the pictures of the s-th of S equal slices of the questions.
+  Patches are in the order of Hugging Face's processor (2 x 2 merge blocks);
+  padding stands at the end of a lane, with segment -1.
+  """
+
+  pixel_values: Float[Array, "S L D"]
+  rows: Int[Array, "S L"]  # of the patch within its picture
+  cols: Int[Array, "S L"]
+  full_segments: Int[Array, "S L"]  # the picture (and frame) of a patch
+  window_segments: Int[Array, "S L"]  # its attention window
+
+
+@record
+class Prompts:
+  """Right-padded prompts; each stands here once, whatever G is."""
+
+  prompt_ids: Int[Array, "Q P"]
+  prompt_mask: Bool[Array, "Q P"]
+  position_ids: Int[Array, "3 Q P"]
+  vision_index: Int[Array, "Q P"]  # visual token in the own lane; -1: text
+  question_id: Int[Array, " Q"]  # uint32
+  vision: Vision | None  # None: a batch of text alone
+
+
+@record
+class Rollout:
+  """G completions of each question, each from column 0 of its own buffer."""
+
+  completion_ids: Int[Array, "Q G C"]
+  completion_mask: Bool[Array, "Q G C"]  # True through EOS
+  truncated: Bool[Array, "Q G"]  # ended by the length limit, without EOS
+  sampler_logprobs: Float[Array, "Q G C"]  # 0 where masked
+
+
+@record
+class Tree:
+  """Packed rows [prompt | completion 1 | ... | completion G], unpadded between.
+
+  A query sees a key that is not later and lies in the prompt or in its own
+  branch. Positions restart after the prompt in each branch.
+  """
+
+  ids: Int[Array, "Q T"]
+  position_ids: Int[Array, "3 Q T"]
+  branch_ids: Int[Array, "Q T"]  # 0 prompt, g = 1..G completion, -1 padding
+  vision_index: Int[Array, "Q T"]
+  vision: Vision | None
+  predictors: Int[Array, "Q N"]  # column whose hidden state predicts token n
+  targets: Int[Array, "Q N"]  # the id of token n
+  slots: Int[Array, "Q G C"]  # n of completion token (g, c); -1: masked
+
+
+@record
+class Experience:
+  """What one update learns from; leaves may carry a leading microbatch axis."""
+
+  tree: Tree
+  completion_mask: Bool[Array, "Q G C"]
+  advantages: Float[Array, "Q G"]
+  sampler_logprobs: Float[Array, "Q G C"]
+  old_logprobs: Float[Array, "Q G C"] | None  # None: this rollout's only update
+  ref_logprobs: Float[Array, "Q G C"] | None  # None: no KL term
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+  """Rewards of a rollout, on the host."""
+
+  rewards: np.ndarray  # float64 [Q G], weighted sum of the parts
+  parts: dict[str, np.ndarray]  # each reward by name, float64 [Q G]
+  failed: np.ndarray  # bool [Q]: a reward raised, hung or returned NaN
+  messages: tuple[str, ...] = ()  # what failed, with reward and row named
