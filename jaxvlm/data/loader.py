@@ -1,0 +1,223 @@
+"""The stream of questions of a stage: checked once, then mixed by Grain."""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from jaxvlm.data.processor import Processor
+from jaxvlm.types import Example, Question
+
+
+class Source(NamedTuple):
+  """One data set of a stage's mixture."""
+
+  weight: float  # share of the stream, relative to the other sources
+  examples: Sequence[Example]
+  kept: Int[np.ndarray, " N"]  # the rows that `inspect` kept
+
+
+class Inspected(NamedTuple):
+  """What the check of a data set found."""
+
+  kept: Int[np.ndarray, " N"]  # indices, in order
+  dropped: dict[str, int]  # rows over a limit, by the limit's name
+
+
+def inspect(
+  examples: Sequence[Example],
+  processor: Processor,
+  *,
+  name: str,
+  max_prompt_length: int,
+  max_response_length: int | None,
+  progress: Callable[[int, int], None] | None,
+) -> Inspected:
+  """Checks every row before any compute is spent.
+
+  Args:
+    examples: the data set.
+    processor: of the checkpoint; it measures the prompts.
+    name: of the data set, for messages.
+    max_prompt_length: tokens; rows with more are dropped, never cut.
+    max_response_length: None: completions are sampled, so each row needs an
+      answer. A number: written responses are learned, so each row needs one;
+      those with more tokens (EOS included) are dropped.
+    progress: called with (rows done, rows in all); None: silent.
+
+  Raises:
+    ValueError: an empty data set; a row that cannot be used (its markers,
+      pictures or answer; names it); nothing kept (names the limit).
+  """
+  if not len(examples):
+    raise ValueError(f"{name}: the data set is empty.")
+
+  def measure(i: int) -> tuple[int, int]:
+    example = examples[i]
+    target = example.answer if max_response_length is None else example.response
+    if not target:
+      wanted = "answer" if max_response_length is None else "response"
+      raise ValueError(
+        f"{example.name or f'{name}[{i}]'}: no {wanted}; each row needs one."
+      )
+    return processor.length(example), processor.response_length(example)
+
+  lengths = np.empty((len(examples), 2), np.int64)
+  # Pillow decodes and the tokenizer encodes without the interpreter's lock.
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for i, pair in enumerate(pool.map(measure, range(len(examples)))):
+      lengths[i] = pair
+      if progress is not None:
+        progress(i + 1, len(examples))
+  limits = {"max_prompt_length": max_prompt_length}
+  if max_response_length is not None:
+    limits["max_response_length"] = max_response_length
+  return _within(lengths, limits, name)
+
+
+def _within(
+  lengths: Int[np.ndarray, "N 2"], limits: dict[str, int], name: str
+) -> Inspected:
+  fits = np.ones(len(lengths), bool)
+  dropped: dict[str, int] = {}
+  for column, (limit, most) in zip(lengths.T, limits.items(), strict=False):
+    over = fits & (column > most)
+    fits &= ~over
+    if over.any():
+      dropped[limit] = int(over.sum())
+    if not fits.any():
+      raise ValueError(
+        f"{name}: all {len(lengths)} rows are too long, {dropped[limit]} of "
+        f"them by {limit} = {most} (the shortest has {column[over].min()} "
+        "tokens). Raise that limit, or lower max_pixels if pictures fill it."
+      )
+  return Inspected(np.flatnonzero(fits), dropped)
+
+
+def questions(
+  examples: Sequence[Example], processor: Processor, ids: Iterable[int]
+) -> list[Question]:
+  """The rows with these indices, in this order; question_id is the index."""
+  return [processor.question(examples[i], int(i)) for i in ids]
+
+
+class Loader:
+  """An endless iterator over batches: this host's questions of each step.
+
+  The stream is a pure function of sources and seed: each source is shuffled
+  anew each epoch, repeated, and mixed by weight; question_id is the place in
+  the mixture. Of each batch, host h takes the h-th of the equal slices, so
+  that the batch is the same whatever the number of hosts. Threads prepare up
+  to one batch ahead; `get_state` knows what was handed out, not what was
+  prepared.
+  """
+
+  def __init__(
+    self,
+    sources: Mapping[str, Source],
+    processor: Processor,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+    shuffle: bool,
+  ):
+    """Starts the stream.
+
+    Args:
+      sources: the mixture, by name; its order is part of the stream.
+      processor: prepares the rows.
+      batch_size: questions of all hosts together.
+      seed: of the order.
+      process_index: which host this is.
+      process_count: how many hosts there are.
+      shuffle: False: the rows of each source in order.
+
+    Raises:
+      ValueError: no source, one without rows or with a weight that is not
+        positive, or hosts that do not divide the batch.
+    """
+    _check(sources, batch_size, process_count)
+    own = batch_size // process_count
+
+    def prepare(place: int, at: tuple[str, int]) -> Question:
+      name, row = at
+      return processor.question(sources[name].examples[row], place)
+
+    stream = _mix(sources, seed, shuffle).map_with_index(prepare)
+    slices = _HostSlice(stream, own, batch_size, process_index * own)
+    threads = min(own, os.cpu_count() or 1)
+    reading = grain.ReadOptions(
+      num_threads=threads, prefetch_buffer_size=max(own, threads)
+    )
+    dataset = grain.MapDataset.source(slices).to_iter_dataset(reading)
+    self._batches = iter(dataset.batch(own, batch_fn=list))
+
+  def __iter__(self) -> Iterator[list[Question]]:
+    return self
+
+  def __next__(self) -> list[Question]:
+    return next(self._batches)
+
+  def get_state(self) -> dict[str, Any]:
+    """Where the stream is, as JSON can hold it."""
+    return self._batches.get_state()
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on after the last batch handed out before `get_state`."""
+    self._batches.set_state(state)
+
+
+def _check(
+  sources: Mapping[str, Source], batch_size: int, process_count: int
+) -> None:
+  if not sources:
+    raise ValueError("data: a stage needs at least one source.")
+  for name, source in sources.items():
+    if not len(source.kept):
+      raise ValueError(f"data {name}: no rows.")
+    if not source.weight > 0:
+      raise ValueError(
+        f"data {name}: weight {source.weight}; it must be positive, leave the "
+        "source out instead."
+      )
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(
+      f"{batch_size} questions a step do not divide among {process_count} "
+      "hosts; choose a multiple."
+    )
+
+
+def _mix(
+  sources: Mapping[str, Source], seed: int, shuffle: bool
+) -> grain.MapDataset:
+  """The endless stream of (source name, row)."""
+  parts = []
+  for number, (name, source) in enumerate(sources.items()):
+    rows = grain.MapDataset.source([(name, int(i)) for i in source.kept])
+    if shuffle:
+      rows = rows.shuffle(seed=(seed + number) % 2**32)
+    parts.append(rows.repeat())
+  return grain.MapDataset.mix(parts, [s.weight for s in sources.values()])
+
+
+class _HostSlice:
+  """One host's questions: `own` out of each `batch`, from `start`."""
+
+  def __init__(
+    self, stream: grain.MapDataset, own: int, batch: int, start: int
+  ):
+    self._stream = stream
+    self._own, self._batch, self._start = own, batch, start
+
+  def __len__(self) -> int:
+    return len(self._stream) // self._batch * self._own
+
+  def __getitem__(self, i: int) -> Question:
+    step, place = divmod(i, self._own)
+    return self._stream[step * self._batch + self._start + place]
