@@ -1,0 +1,258 @@
+"""What the rest of the package sees of a model: pure functions of a tree."""
+
+import dataclasses
+import functools
+import importlib
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxvlm.nn import kv_cache
+from jaxvlm.nn.kv_cache import KVCache
+from jaxvlm.sharding import constrain
+from jaxvlm.types import Params, Vision
+
+FAMILIES = ("qwen2_5_vl",)
+REMAT = ("none", "full")
+
+
+def find_family(model_type: str | None) -> ModuleType:
+  """The module of a model_type of config.json.
+
+  Raises:
+    ValueError: a family that is not built here.
+  """
+  if model_type not in FAMILIES:
+    raise ValueError(
+      f"model_type {model_type!r} is not supported. There are: "
+      f"{', '.join(FAMILIES)}."
+    )
+  return importlib.import_module(f"jaxvlm.models.{model_type}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+  """An architecture and its dtypes, without weights: static under jit.
+
+  Every method that takes `params` is a pure function of it. Params are nested
+  dicts with HF's module names, layer weights stacked on a leading axis.
+
+  Attributes:
+    config: the family's Config.
+    dtype: of activations; norms, softmax and rope angles stay float32.
+    param_dtype: of weights.
+    remat: "none", or "full" to keep only what passes between layers.
+  """
+
+  config: Any
+  dtype: str
+  param_dtype: str
+  remat: str
+
+  def __post_init__(self) -> None:
+    if self.remat not in REMAT:
+      raise ValueError(f"remat: got {self.remat!r}, expected one of {REMAT}.")
+    jnp.dtype(self.dtype), jnp.dtype(self.param_dtype)  # TypeError if unknown
+
+  # -- the tree of weights ---------------------------------------------------
+
+  def init(self, seed: int) -> Params:
+    """Random weights, drawn as transformers draws them."""
+
+    def make(key: jax.Array) -> Params:
+      return nnx.to_pure_dict(nnx.state(self._make(key, stacked=True)))
+
+    return jax.jit(make)(jax.random.key(seed))
+
+  def shapes(self) -> Params:
+    """Params with a ShapeDtypeStruct at each leaf."""
+    return nnx.to_pure_dict(nnx.state(self.skeleton))
+
+  def axes(self) -> Params:
+    """Params with a tuple of logical axes at each leaf."""
+    return self.metadata("axes")
+
+  def metadata(self, name: str) -> Params:
+    """Params with what each weight says of itself under `name`."""
+    named = jax.tree.map(
+      lambda weight: weight.replace(getattr(weight, name)),
+      nnx.state(self.skeleton),
+      is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    return nnx.to_pure_dict(named)
+
+  def part_of(self, path: tuple[str, ...]) -> str:
+    """ "vision_tower", "merger" or "decoder": where a leaf of Params lies."""
+    if path[0] != "visual":
+      return "decoder"
+    return "merger" if path[1] == "merger" else "vision_tower"
+
+  @functools.cached_property
+  def skeleton(self) -> nnx.Module:
+    """The model with shapes for weights."""
+    return self._abstract(stacked=True)
+
+  def _abstract(self, *, stacked: bool) -> nnx.Module:
+    make = functools.partial(self._make, stacked=stacked)
+    return nnx.eval_shape(make, jax.random.key(0))
+
+  def _make(self, key: jax.Array, *, stacked: bool) -> nnx.Module:
+    return find_family(self.config.model_type).Model(
+      self.config,
+      stacked=stacked,
+      dtype=self.param_dtype,
+      rngs=nnx.Rngs(key),
+    )
+
+  # -- training and prefill --------------------------------------------------
+
+  def encode(self, params: Params, vision: Vision) -> Float[Array, "S M D"]:
+    """Visual tokens of every lane; those of padding mean nothing."""
+    tower = _merge(self.skeleton.visual, params["visual"])
+    return tower(vision, dtype=self.dtype, remat=self.remat)
+
+  def embed(
+    self,
+    params: Params,
+    ids: Int[Array, "Q P"],
+    vision_index: Int[Array, "Q P"],
+    features: Float[Array, "S M D"] | None,
+  ) -> Float[Array, "Q P D"]:
+    """Token vectors, with visual tokens where vision_index is not negative.
+
+    Args:
+      params: the tree.
+      ids: token ids.
+      vision_index: place of a visual token within the question's own lane,
+        which is the s-th for the s-th of S equal slices of the questions; -1
+        for text.
+      features: what `encode` gave; None for a batch of text alone.
+    """
+    x = self._embed_tokens(params, ids)
+    if features is None:
+      return x
+    lanes = features.shape[0]
+    index = vision_index.reshape(lanes, -1)
+    shown = jnp.take_along_axis(
+      features, jnp.maximum(index, 0)[:, :, None], axis=1
+    )
+    shown = constrain(shown.reshape(x.shape), "question", None, None)
+    return jnp.where((vision_index >= 0)[:, :, None], shown, x)
+
+  def forward(
+    self,
+    params: Params,
+    embeds: Float[Array, "Q T D"],
+    position_ids: Int[Array, "3 Q T"],
+    branch_ids: Int[Array, "Q T"],
+  ) -> Float[Array, "Q T D"]:
+    """Hidden states of packed trees, after the last norm.
+
+    A query sees a key that is not later and lies in the prompt (branch 0) or
+    in its own branch. Padding (-1) sees itself, and no one sees it.
+    """
+    decoder = _merge(self.skeleton.language_model, params["language_model"])
+    keys, queries = branch_ids[:, None, :], branch_ids[:, :, None]
+    mask = _causal(embeds.shape[1]) & ((keys == 0) | (keys == queries))
+    x, _ = decoder(
+      embeds, position_ids, mask, keep_cache=False, remat=self.remat
+    )
+    return x
+
+  def head(self, params: Params) -> Float[Array, "D V"]:
+    """The output kernel, in param_dtype; takes decode params too."""
+    if self.config.tie_word_embeddings:
+      return params["language_model"]["embed_tokens"]["embedding"].T
+    return params["lm_head"]["kernel"]
+
+  # -- sampling --------------------------------------------------------------
+
+  def prefill(
+    self,
+    params: Params,
+    embeds: Float[Array, "Q P D"],
+    position_ids: Int[Array, "3 Q P"],
+    prompt_mask: Bool[Array, "Q P"],
+  ) -> tuple[Float[Array, "Q D"], list[KVCache]]:
+    """Hidden state of each prompt's last token, and its K and V by layer."""
+    decoder = _merge(self.skeleton.language_model, params["language_model"])
+    mask = _causal(embeds.shape[1]) & prompt_mask[:, None, :]
+    x, caches = decoder(
+      embeds, position_ids, mask, keep_cache=True, remat=self.remat
+    )
+    last = jnp.sum(prompt_mask, axis=1) - 1
+    hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    return hidden, [_layer(caches, i) for i in range(self._num_layers)]
+
+  def init_cache(self, Q: int, G: int, C: int) -> list[KVCache]:
+    """Empty buffers for G completions of C tokens, [Q G C K H] a layer."""
+    text = self.config.text_config
+    shape = (Q, G, C, text.num_key_value_heads, text.head_dim)
+    axes = ("question", None, None, "kv_heads", "head_dim")
+    return [
+      jax.tree.map(
+        lambda x: constrain(x, *axes), kv_cache.empty(shape, self.dtype)
+      )
+      for _ in range(self._num_layers)
+    ]
+
+  def unstack(self, params: Params) -> Params:
+    """Params for `decode`: no tower, and each layer's weights cut out once."""
+    decoder = params["language_model"]
+    layers = {i: _layer(decoder["layers"], i) for i in range(self._num_layers)}
+    kept = {key: tree for key, tree in params.items() if key != "visual"}
+    return {**kept, "language_model": {**decoder, "layers": layers}}
+
+  def decode(
+    self,
+    decode_params: Params,
+    ids: Int[Array, "Q G"],
+    position_ids: Int[Array, "3 Q G"],
+    prompt_cache: list[KVCache],
+    prompt_mask: Bool[Array, "Q P"],
+    completion_cache: list[KVCache],
+    column: Int[Array, ""],
+  ) -> tuple[Float[Array, "Q G D"], list[KVCache]]:
+    """Feeds one token of every completion; all write the same column.
+
+    Returns:
+      hidden states after the last norm, and the caches with the column filled.
+    """
+    decoder = _merge(self._decode_skeleton, decode_params["language_model"])
+    x = self._embed_tokens(decode_params, ids)
+    return decoder.decode(
+      x, position_ids, prompt_cache, prompt_mask, completion_cache, column
+    )
+
+  @functools.cached_property
+  def _decode_skeleton(self) -> nnx.Module:
+    return self._abstract(stacked=False).language_model
+
+  def _embed_tokens(
+    self, params: Params, ids: Int[Array, "Q T"]
+  ) -> Float[Array, "Q T D"]:
+    table = self.skeleton.language_model.embed_tokens
+    embed = _merge(table, params["language_model"]["embed_tokens"])
+    return constrain(embed(ids, self.dtype), "question", None, None)
+
+  @property
+  def _num_layers(self) -> int:
+    return self.config.text_config.num_hidden_layers
+
+
+def _merge(skeleton: nnx.Module, params: Params) -> Any:
+  """The module with these weights in place of its own."""
+  return nnx.merge(nnx.graphdef(skeleton), params)
+
+
+def _layer(stacked: Any, i: int) -> Any:
+  return jax.tree.map(lambda x: x[i], stacked)
+
+
+def _causal(length: int) -> Bool[np.ndarray, "1 T T"]:
+  return np.tril(np.ones((1, length, length), bool))

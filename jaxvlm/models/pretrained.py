@@ -1,0 +1,201 @@
+"""Hugging Face checkpoint directories: reading and writing them."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jaxvlm import sharding
+from jaxvlm.models.network import Network, find_family
+from jaxvlm.nn import hf
+from jaxvlm.nn.hf import Weight
+from jaxvlm.types import Params
+
+# Of a checkpoint's files, those that go along when it is exported: config,
+# tokenizer, processor, chat template, generation settings, licence.
+COMPANIONS = (".json", ".jinja", ".txt", ".model", "LICENSE")
+
+
+def load_network(
+  directory: str | pathlib.Path, *, dtype: str, param_dtype: str, remat: str
+) -> Network:
+  """Reads the architecture of a checkpoint directory.
+
+  The head is tied where config.json says so, or where the files have none.
+
+  Raises:
+    ValueError: no such directory or file, or a family not built here.
+  """
+  directory = pathlib.Path(directory)
+  raw = _read_config(directory)
+  family = find_family(raw.get("model_type"))
+  found = hf.find_tensors(directory, _to_ours)
+  tied = "lm_head.weight" not in found
+  config = family.Config.from_hf(
+    {**raw, "tie_word_embeddings": raw.get("tie_word_embeddings") or tied}
+  )
+  return Network(
+    config=config, dtype=dtype, param_dtype=param_dtype, remat=remat
+  )
+
+
+def load_params(
+  network: Network, directory: str | pathlib.Path, mesh: Mesh | None = None
+) -> Params:
+  """Reads the weights of a checkpoint directory, cast to param_dtype.
+
+  Args:
+    network: from `load_network`.
+    directory: has model.safetensors, or an index and its files.
+    mesh: lays each weight out by its logical axes; None: on one device.
+
+  Raises:
+    ValueError: a file that is missing or cut short; a tensor that is missing,
+      unknown or mis-shaped, by name.
+  """
+  axes = traverse_util.flatten_dict(network.axes())
+
+  def place(weight: Weight, leaf: np.ndarray) -> jax.Array:
+    leaf = leaf.astype(network.param_dtype)
+    if mesh is None:
+      return jax.numpy.array(leaf)
+    layout = sharding.sharding(mesh, axes[weight.path], leaf.shape)
+    return jax.make_array_from_callback(
+      leaf.shape, layout, lambda index: leaf[index]
+    )
+
+  return hf.read(
+    weights(network),
+    hf.find_tensors(pathlib.Path(directory), _to_ours),
+    ignored=["lm_head.weight"] if network.config.tie_word_embeddings else [],
+    place=place,
+  )
+
+
+def save_hf(
+  network: Network,
+  params: Params,
+  source_dir: str | pathlib.Path,
+  destination: str | pathlib.Path,
+) -> None:
+  """Writes a directory that transformers loads, with the hub's tensor names.
+
+  Every process must call it; the first one writes. The directory appears
+  whole or not at all: it is written aside, then renamed.
+
+  Args:
+    network: the architecture.
+    params: its weights, written in their own dtype.
+    source_dir: whose config, tokenizer, processor and other files go along.
+    destination: replaced where it exists.
+  """
+  destination = pathlib.Path(destination)
+  aside = destination.with_name(f".{destination.name}.partial")
+  writer = jax.process_index() == 0
+  if writer:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _copy_companions(network, pathlib.Path(source_dir), aside)
+  leaves = traverse_util.flatten_dict(params)
+
+  def fetch(weight: Weight) -> np.ndarray | None:
+    leaf = leaves[weight.path]
+    if not leaf.is_fully_addressable:
+      leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf) if writer else None
+
+  family = find_family(network.config.model_type)
+  hf.write(
+    weights(network),
+    aside,
+    rename=lambda name: _replace(name, family.HUB_NAMES),
+    fetch=fetch,
+  )
+  if writer:
+    if destination.exists():
+      shutil.rmtree(destination)
+    aside.rename(destination)
+
+
+def weights(network: Network) -> list[Weight]:
+  """Every leaf of Params and its tensors, by module names without "model."."""
+  family = find_family(network.config.model_type)
+  shapes = traverse_util.flatten_dict(network.shapes())
+  axes = traverse_util.flatten_dict(network.axes())
+  hf_shapes = traverse_util.flatten_dict(network.metadata("hf_shape"))
+  result = []
+  for path, leaf in shapes.items():
+    stacked = axes[path][0] == "layer"
+    # A stack is always the second word: visual.blocks, language_model.layers.
+    stems = [path[:-1]]
+    if stacked:
+      count = leaf.shape[0]
+      stems = [(*path[:2], str(i), *path[2:-1]) for i in range(count)]
+    last = "bias" if path[-1] == "bias" else "weight"
+    result.append(
+      Weight(
+        path=path,
+        names=tuple(
+          _replace(".".join([*stem, last]), family.RENAMED) for stem in stems
+        ),
+        stacked=stacked,
+        layer_shape=leaf.shape[1:] if stacked else leaf.shape,
+        hf_shape=hf_shapes[path],
+      )
+    )
+  return result
+
+
+def _replace(name: str, table: dict[str, str]) -> str:
+  for ours, theirs in table.items():
+    name = name.replace(ours, theirs)
+  return name
+
+
+def _to_ours(name: str) -> str:
+  """A tensor's name in any of the layouts in use, as the tree has it.
+
+  Hub files of Qwen2.5-VL say model.layers and visual.blocks, transformers'
+  modules model.language_model.layers and model.visual.blocks, and a base model
+  saved alone leaves out the leading model.
+  """
+  for part in ("visual.", "language_model."):
+    if name.startswith(f"model.{part}"):
+      return name.removeprefix("model.")
+  if name.startswith("model."):
+    return f"language_{name}"
+  return name
+
+
+def _read_config(directory: pathlib.Path) -> dict[str, Any]:
+  path = directory / "config.json"
+  if not path.is_file():
+    raise ValueError(f"{path}: no such file; expected a Hugging Face model.")
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path}: not JSON ({error}).") from error
+
+
+def _copy_companions(
+  network: Network, source: pathlib.Path, destination: pathlib.Path
+) -> None:
+  """Copies all but weights; config.json says how the weights now are."""
+  for file in sorted(source.iterdir()):
+    if file.name.endswith(COMPANIONS) and file.name != hf.INDEX:
+      shutil.copyfile(file, destination / file.name)
+  raw = _read_config(source)
+  raw["tie_word_embeddings"] = network.config.tie_word_embeddings
+  for part in (raw, raw.get("text_config", {}), raw.get("vision_config", {})):
+    for key in ("dtype", "torch_dtype"):
+      if part is raw or key in part:
+        part.pop(key, None)
+        part["dtype"] = network.param_dtype
+  text = json.dumps(raw, indent=2, sort_keys=True)
+  (destination / "config.json").write_text(f"{text}\n")

@@ -1,0 +1,386 @@
+"""Qwen2.5-VL, equal to Hugging Face transformers 5.23: sizes and modules."""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxvlm.nn import rope, vision
+from jaxvlm.nn.attention import Attention
+from jaxvlm.nn.kv_cache import KVCache
+from jaxvlm.nn.layers import Embed, GatedMLP, Linear, RMSNorm, scan, stack
+from jaxvlm.sharding import constrain
+from jaxvlm.types import Vision
+
+MODEL_TYPE = "qwen2_5_vl"
+
+# Names of tensors: of HF's modules where ours differ, and of the hub's files
+# where they differ from HF's modules.
+RENAMED = {
+  "merger.linear_fc1": "merger.mlp.0",
+  "merger.linear_fc2": "merger.mlp.2",
+}
+HUB_NAMES = {"language_model.": "model."}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+  """The decoder, in config.json's names."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  num_key_value_heads: int
+  rms_norm_eps: float
+  max_position_embeddings: int
+  initializer_range: float
+  rope_theta: float
+  mrope_section: tuple[int, ...]
+
+  @property
+  def head_dim(self) -> int:
+    return self.hidden_size // self.num_attention_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+  """The vision tower, in config.json's names."""
+
+  depth: int
+  hidden_size: int
+  intermediate_size: int
+  num_heads: int
+  in_channels: int
+  patch_size: int
+  temporal_patch_size: int
+  spatial_merge_size: int
+  window_size: int  # pixels
+  fullatt_block_indexes: tuple[int, ...]
+  out_hidden_size: int
+  tokens_per_second: int
+  initializer_range: float
+  rope_theta: float
+
+  @property
+  def head_dim(self) -> int:
+    return self.hidden_size // self.num_heads
+
+  @property
+  def patch_shape(self) -> tuple[int, int, int, int]:
+    sides = (self.patch_size, self.patch_size)
+    return (self.in_channels, self.temporal_patch_size, *sides)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """A Qwen2.5-VL architecture; `from_hf` reads it, `to_hf` writes it."""
+
+  model_type: ClassVar[str] = MODEL_TYPE
+
+  text_config: TextConfig
+  vision_config: VisionConfig
+  image_token_id: int
+  video_token_id: int
+  vision_start_token_id: int
+  vision_end_token_id: int
+  tie_word_embeddings: bool
+
+  @classmethod
+  def from_hf(cls, raw: dict[str, Any]) -> "Config":
+    """Reads config.json, text fields nested or (published files) at the root.
+
+    Raises:
+      ValueError: another family, a missing field, a feature not built here.
+    """
+    if raw.get("model_type") != MODEL_TYPE:
+      raise ValueError(
+        f"config.json: model_type is {raw.get('model_type')!r}, expected "
+        f"{MODEL_TYPE!r}."
+      )
+    text = raw.get("text_config", raw)
+    if text.get("use_sliding_window"):
+      raise ValueError("config.json: use_sliding_window is not supported.")
+    # Each default below is transformers' own for a file without the field.
+    tower = {
+      "in_channels": 3,
+      "initializer_range": 0.02,
+      "rope_parameters": {"rope_theta": 10000.0},
+      **raw.get("vision_config", {}),
+    }
+    return cls(
+      text_config=_read(
+        TextConfig, {"initializer_range": 0.02, **text, **_rope(text)}
+      ),
+      vision_config=_read(VisionConfig, {**tower, **_rope(tower)}),
+      image_token_id=raw.get("image_token_id", 151655),
+      video_token_id=raw.get("video_token_id", 151656),
+      vision_start_token_id=raw.get("vision_start_token_id", 151652),
+      vision_end_token_id=raw.get("vision_end_token_id", 151653),
+      tie_word_embeddings=bool(
+        raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+      ),
+    )
+
+  def to_hf(self) -> dict[str, Any]:
+    """config.json in the nested form that transformers 5.23 writes."""
+    raw = dataclasses.asdict(self)
+    for key in ("text_config", "vision_config"):
+      raw[key]["hidden_act"] = "silu"
+    text, tower = raw["text_config"], raw["vision_config"]
+    text["model_type"] = f"{MODEL_TYPE}_text"
+    text["rope_parameters"] = {
+      "rope_type": "default",
+      "rope_theta": text.pop("rope_theta"),
+      "mrope_section": list(text.pop("mrope_section")),
+    }
+    tower["model_type"] = f"{MODEL_TYPE}_vision"
+    tower["rope_parameters"] = {
+      "rope_type": "axial",
+      "rope_theta": tower.pop("rope_theta"),
+    }
+    tower["fullatt_block_indexes"] = list(tower["fullatt_block_indexes"])
+    return {
+      "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+      "model_type": MODEL_TYPE,
+      **raw,
+    }
+
+
+def _rope(raw: dict[str, Any]) -> dict[str, Any]:
+  """rope_theta and mrope_section, from either of the forms in use."""
+  rope_parameters = {
+    "rope_theta": raw.get("rope_theta", 1000000.0),
+    "mrope_section": (16, 24, 24),
+    **(raw.get("rope_parameters") or raw.get("rope_scaling") or {}),
+  }
+  for key in ("type", "rope_type"):
+    kind = rope_parameters.get(key, "default")
+    if kind not in ("default", "mrope", "axial"):
+      raise ValueError(f"config.json: {key} {kind!r} is not supported.")
+  return {
+    "rope_theta": float(rope_parameters["rope_theta"]),
+    "mrope_section": tuple(rope_parameters["mrope_section"]),
+  }
+
+
+def _read(cls: Any, raw: dict[str, Any]) -> Any:
+  if raw.get("hidden_act", "silu") != "silu":
+    raise ValueError(
+      f"config.json: hidden_act {raw['hidden_act']!r}, expected 'silu'."
+    )
+  names = [field.name for field in dataclasses.fields(cls)]
+  if missing := [name for name in names if name not in raw]:
+    raise ValueError(f"config.json: {cls.__name__} lacks {missing}.")
+  return cls(
+    **{
+      name: tuple(raw[name]) if isinstance(raw[name], list) else raw[name]
+      for name in names
+    }
+  )
+
+
+class VisionTower(nnx.Module):
+  """HF: Qwen2_5_VisionTransformerPretrainedModel, in the patches' own order.
+
+  HF sorts patches by window; a mask by window is equal and needs no sort.
+  """
+
+  def __init__(self, config: VisionConfig, *, dtype: Any, rngs: nnx.Rngs):
+    size, std = config.hidden_size, config.initializer_range
+    self.config = config
+    self.patch_embed = vision.PatchEmbed(
+      config.patch_shape, size, std=std, dtype=dtype, rngs=rngs
+    )
+    self.blocks = stack(
+      functools.partial(
+        vision.VisionBlock,
+        size,
+        config.intermediate_size,
+        num_heads=config.num_heads,
+        std=std,
+        dtype=dtype,
+      ),
+      config.depth,
+      rngs=rngs,
+    )
+    self.merger = vision.PatchMerger(
+      size,
+      config.out_hidden_size,
+      patches=config.spatial_merge_size**2,
+      std=std,
+      dtype=dtype,
+      rngs=rngs,
+    )
+
+  def __call__(
+    self, inputs: Vision, *, dtype: Any, remat: str
+  ) -> Float[Array, "S M D"]:
+    config = self.config
+    angles = rope.vision_angles(
+      inputs.rows,
+      inputs.cols,
+      head_dim=config.head_dim,
+      theta=config.rope_theta,
+    )
+    full = np.isin(np.arange(config.depth), config.fullatt_block_indexes)
+
+    def call(
+      block: vision.VisionBlock, x: jax.Array, full: jax.Array
+    ) -> tuple[jax.Array, None]:
+      segments = jnp.where(full, inputs.full_segments, inputs.window_segments)
+      # Padding is a segment too, so that no query is left without a key.
+      mask = segments[:, :, None] == segments[:, None, :]
+      return constrain(block(x, angles, mask), "lane", None, None), None
+
+    x = self.patch_embed(inputs.pixel_values.astype(dtype))
+    x, _ = scan(self.blocks, call, x, jnp.asarray(full), remat=remat)
+    return self.merger(x)
+
+
+class DecoderLayer(nnx.Module):
+  """HF: Qwen2_5_VLDecoderLayer."""
+
+  def __init__(self, config: TextConfig, *, dtype: Any, rngs: nnx.Rngs):
+    norm = functools.partial(
+      RMSNorm, config.hidden_size, eps=config.rms_norm_eps, dtype=dtype
+    )
+    self.input_layernorm = norm(rngs=rngs)
+    self.self_attn = Attention(
+      config.hidden_size,
+      num_heads=config.num_attention_heads,
+      num_kv_heads=config.num_key_value_heads,
+      head_dim=config.head_dim,
+      std=config.initializer_range,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    self.post_attention_layernorm = norm(rngs=rngs)
+    self.mlp = GatedMLP(
+      config.hidden_size,
+      config.intermediate_size,
+      axis="embed",
+      use_bias=False,
+      std=config.initializer_range,
+      dtype=dtype,
+      rngs=rngs,
+    )
+
+  def __call__(
+    self, x: jax.Array, angles: jax.Array, mask: jax.Array
+  ) -> tuple[Float[Array, "B T D"], KVCache]:
+    out, cache = self.self_attn(self.input_layernorm(x), angles, mask)
+    return self._mlp(x + out), cache
+
+  def decode(
+    self, x: jax.Array, *args: Any
+  ) -> tuple[Float[Array, "Q G D"], KVCache]:
+    """`args` are those of Attention.decode after x."""
+    out, cache = self.self_attn.decode(self.input_layernorm(x), *args)
+    return self._mlp(x + out), cache
+
+  def _mlp(self, x: jax.Array) -> jax.Array:
+    x += self.mlp(self.post_attention_layernorm(x))
+    return constrain(x, "question", None, None)
+
+
+class Decoder(nnx.Module):
+  """HF: Qwen2_5_VLTextModel. Layers are stacked, or a list for decoding."""
+
+  def __init__(
+    self, config: TextConfig, *, stacked: bool, dtype: Any, rngs: nnx.Rngs
+  ):
+    self.config = config
+    self.embed_tokens = Embed(
+      config.vocab_size,
+      config.hidden_size,
+      std=config.initializer_range,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    layer = functools.partial(DecoderLayer, config, dtype=dtype)
+    count = config.num_hidden_layers
+    if stacked:
+      self.layers = stack(layer, count, rngs=rngs)
+    else:
+      self.layers = nnx.List([layer(rngs=rngs) for _ in range(count)])
+    self.norm = RMSNorm(
+      config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, rngs=rngs
+    )
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    position_ids: Int[Array, "3 B T"],
+    mask: Bool[Array, "B T T"],
+    *,
+    keep_cache: bool,
+    remat: str,
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Hidden states after the last norm; K and V stacked over layers."""
+    angles = self._angles(position_ids)
+
+    def call(
+      layer: DecoderLayer, x: jax.Array, _: None
+    ) -> tuple[jax.Array, KVCache | None]:
+      x, cache = layer(x, angles, mask)
+      return x, cache if keep_cache else None
+
+    x, caches = scan(self.layers, call, x, remat=remat)
+    return self.norm(x), caches
+
+  def decode(
+    self,
+    x: Float[Array, "Q G D"],
+    position_ids: Int[Array, "3 Q G"],
+    prompt_cache: list[KVCache],
+    prompt_mask: Bool[Array, "Q P"],
+    completion_cache: list[KVCache],
+    column: Int[Array, ""],
+  ) -> tuple[Float[Array, "Q G D"], list[KVCache]]:
+    """One token of every completion, through a list of layers."""
+    angles = self._angles(position_ids)
+    caches = []
+    for layer, prompt, completion in zip(
+      self.layers, prompt_cache, completion_cache, strict=True
+    ):
+      x, cache = layer.decode(
+        x, angles, prompt, prompt_mask, completion, column
+      )
+      caches.append(cache)
+    return self.norm(x), caches
+
+  def _angles(self, position_ids: Int[Array, "3 *B"]) -> jax.Array:
+    return rope.mrope_angles(
+      position_ids,
+      head_dim=self.config.head_dim,
+      theta=self.config.rope_theta,
+      axis_of=rope.chunked_axes(self.config.mrope_section),
+    )
+
+
+class Model(nnx.Module):
+  """The whole tree of weights, with HF's names."""
+
+  def __init__(
+    self, config: Config, *, stacked: bool, dtype: Any, rngs: nnx.Rngs
+  ):
+    text = config.text_config
+    self.visual = VisionTower(config.vision_config, dtype=dtype, rngs=rngs)
+    self.language_model = Decoder(text, stacked=stacked, dtype=dtype, rngs=rngs)
+    if not config.tie_word_embeddings:
+      self.lm_head = Linear(
+        (text.hidden_size,),
+        (text.vocab_size,),
+        axes=("embed", "vocab"),
+        use_bias=False,
+        std=text.initializer_range,
+        dtype=dtype,
+        rngs=rngs,
+      )

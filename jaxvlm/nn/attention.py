@@ -1,0 +1,144 @@
+"""Grouped-query attention: dense, and over a prompt that a group shares."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxvlm.nn import kv_cache, rope
+from jaxvlm.nn.kv_cache import KVCache
+from jaxvlm.nn.layers import Linear
+
+
+def attend(
+  query: Float[Array, "B T N H"],
+  keys: Float[Array, "B S K H"],
+  values: Float[Array, "B S K H"],
+  mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+  """softmax(q k / sqrt(H)) v; query head n reads kv head n // (N / K).
+
+  Scores and softmax are float32. Every query must see at least one key.
+  """
+  query = rearrange(query, "B T (K R) H -> B T K R H", K=keys.shape[2])
+  scores = _scores("btkrh,bskh->bkrts", query, keys)
+  weights = _softmax(scores, mask[:, None, None, :, :]).astype(values.dtype)
+  out = jnp.einsum("bkrts,bskh->btkrh", weights, values)
+  return rearrange(out, "B T K R H -> B T (K R) H")
+
+
+def attend_group(
+  query: Float[Array, "Q G N H"],
+  prompt: KVCache,
+  prompt_mask: Bool[Array, "Q P"],
+  completion: KVCache,
+  completion_mask: Bool[Array, " C"],
+) -> Float[Array, "Q G N H"]:
+  """Attention of one new token of each completion: two products, one softmax.
+
+  The prompt's keys, [Q P K H], are read once for all G completions of it; the
+  completions' own are [Q G C K H].
+  """
+  query = rearrange(query, "Q G (K R) H -> Q G K R H", K=prompt.keys.shape[2])
+  scores = jnp.concatenate(
+    [
+      _scores("qgkrh,qpkh->qgkrp", query, prompt.keys),
+      _scores("qgkrh,qgckh->qgkrc", query, completion.keys),
+    ],
+    axis=-1,
+  )
+  length = prompt_mask.shape[1]
+  own = jnp.broadcast_to(
+    completion_mask, (query.shape[0], completion_mask.size)
+  )
+  mask = jnp.concatenate([prompt_mask, own], axis=-1)
+  weights = _softmax(scores, mask[:, None, None, None, :])
+  weights = weights.astype(prompt.values.dtype)
+  out = jnp.einsum(
+    "qgkrp,qpkh->qgkrh", weights[..., :length], prompt.values
+  ) + jnp.einsum("qgkrc,qgckh->qgkrh", weights[..., length:], completion.values)
+  return rearrange(out, "Q G K R H -> Q G (K R) H")
+
+
+def _scores(
+  equation: str, query: Float[Array, "..."], keys: Float[Array, "..."]
+) -> Float[Array, "..."]:
+  products = jnp.einsum(
+    equation, query, keys, preferred_element_type=jnp.float32
+  )
+  return products * query.shape[-1] ** -0.5
+
+
+def _softmax(
+  scores: Float[Array, "..."], mask: Bool[Array, "..."]
+) -> Float[Array, "..."]:
+  # Finite: a row that sees nothing (padding) must not turn into NaN.
+  masked = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+  return jax.nn.softmax(masked, axis=-1)
+
+
+class Attention(nnx.Module):
+  """The decoder's attention. HF: Qwen2_5_VLAttention."""
+
+  def __init__(
+    self,
+    size: int,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    std: float,
+    dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    linear = functools.partial(Linear, std=std, dtype=dtype, rngs=rngs)
+    head = ("heads", "head_dim")
+    kv_head = ("kv_heads", "head_dim")
+    q_shape = (num_heads, head_dim)
+    kv_shape = (num_kv_heads, head_dim)
+    self.q_proj = linear((size,), q_shape, axes=("embed", *head), use_bias=True)
+    self.k_proj = linear(
+      (size,), kv_shape, axes=("embed", *kv_head), use_bias=True
+    )
+    self.v_proj = linear(
+      (size,), kv_shape, axes=("embed", *kv_head), use_bias=True
+    )
+    self.o_proj = linear(
+      q_shape, (size,), axes=(*head, "embed"), use_bias=False
+    )
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    angles: Float[Array, "B T F"],
+    mask: Bool[Array, "B T T"],
+  ) -> tuple[Float[Array, "B T D"], KVCache]:
+    query, new = self._project(x, angles)
+    out = attend(query, new.keys, new.values, mask)
+    return self.o_proj(out), new
+
+  def decode(
+    self,
+    x: Float[Array, "Q G D"],
+    angles: Float[Array, "Q G F"],
+    prompt: KVCache,
+    prompt_mask: Bool[Array, "Q P"],
+    completion: KVCache,
+    column: Int[Array, ""],
+  ) -> tuple[Float[Array, "Q G D"], KVCache]:
+    query, new = self._project(x, angles)
+    completion = kv_cache.write(completion, new, column)
+    written = jnp.arange(completion.keys.shape[2]) <= column
+    out = attend_group(query, prompt, prompt_mask, completion, written)
+    return self.o_proj(out), completion
+
+  def _project(
+    self, x: Float[Array, "B T D"], angles: Float[Array, "B T F"]
+  ) -> tuple[Float[Array, "B T N H"], KVCache]:
+    query = rope.rotate(self.q_proj(x), angles, dtype=x.dtype)
+    keys = rope.rotate(self.k_proj(x), angles, dtype=x.dtype)
+    return query, KVCache(keys=keys, values=self.v_proj(x))

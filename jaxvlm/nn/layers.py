@@ -1,0 +1,198 @@
+"""The layers that every model is made of, and stacks of them.
+
+A layer computes in the dtype of what it is given: weights stay in the dtype
+they are kept in and are cast where they are used. Each weight carries, as
+metadata, the names of its logical axes, which `jaxvlm.sharding` maps to a
+mesh, and the shape that its tensor has in Hugging Face's files.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def param(
+  init: Callable[..., jax.Array],
+  shape: tuple[int, ...],
+  *,
+  axes: tuple[str | None, ...],
+  hf_shape: tuple[int, ...],
+  dtype: Any,
+  rngs: nnx.Rngs,
+) -> nnx.Param:
+  """A weight that knows the names of its axes and its shape in HF's files."""
+  assert len(shape) == len(axes), (shape, axes)
+  value = init(rngs.params(), shape, dtype)
+  return nnx.Param(value, axes=axes, hf_shape=hf_shape)
+
+
+def normal(std: float) -> Callable[..., jax.Array]:
+  """Hugging Face's initializer of every Linear, Conv and Embedding."""
+  return jax.nn.initializers.normal(std)
+
+
+zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+
+
+class Linear(nnx.Module):
+  """Contracts the trailing axes of its input: x @ kernel + bias.
+
+  Sizes may be tuples: attention maps D -> (N, H) and (N, H) -> D without
+  reshapes, so that heads keep an axis of their own to be sharded by.
+  """
+
+  def __init__(
+    self,
+    in_shape: tuple[int, ...],
+    out_shape: tuple[int, ...],
+    *,
+    axes: tuple[str | None, ...],
+    use_bias: bool,
+    std: float,
+    dtype: Any,
+    rngs: nnx.Rngs,
+    hf_shape: tuple[int, ...] | None = None,  # None: [out, in]
+  ):
+    self.in_axes = len(in_shape)
+    outputs = math.prod(out_shape)
+    self.kernel = param(
+      normal(std),
+      (*in_shape, *out_shape),
+      axes=axes,
+      hf_shape=hf_shape or (outputs, math.prod(in_shape)),
+      dtype=dtype,
+      rngs=rngs,
+    )
+    self.bias = nnx.data(None)
+    if use_bias:
+      self.bias = param(
+        zeros,
+        out_shape,
+        axes=axes[self.in_axes :],
+        hf_shape=(outputs,),
+        dtype=dtype,
+        rngs=rngs,
+      )
+
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    y = jnp.tensordot(x, self.kernel.astype(x.dtype), axes=self.in_axes)
+    if self.bias is not None:
+      y += jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
+    return y
+
+
+class Embed(nnx.Module):
+  """A table of vectors. The caller names the dtype: ids have none to follow."""
+
+  def __init__(
+    self, vocab_size: int, size: int, *, std: float, dtype: Any, rngs: nnx.Rngs
+  ):
+    shape = (vocab_size, size)
+    self.embedding = param(
+      normal(std),
+      shape,
+      axes=("vocab", "embed"),
+      hf_shape=shape,
+      dtype=dtype,
+      rngs=rngs,
+    )
+
+  def __call__(self, ids: Int[Array, "*B"], dtype: Any) -> Float[Array, "*B D"]:
+    # Cast after the gather: the gradient then adds up in the table's dtype.
+    return self.embedding[...][ids].astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+  """HF's Qwen2RMSNorm: float32 inside, cast back, THEN times the weight."""
+
+  def __init__(self, size: int, *, eps: float, dtype: Any, rngs: nnx.Rngs):
+    self.eps = eps
+    self.weight = param(
+      ones, (size,), axes=("norm",), hf_shape=(size,), dtype=dtype, rngs=rngs
+    )
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    weight = self.weight.astype(x.dtype)
+    return y.astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
+
+
+class GatedMLP(nnx.Module):
+  """down(silu(gate(x)) * up(x)): HF's Qwen2MLP and Qwen2_5_VLMLP."""
+
+  def __init__(
+    self,
+    size: int,
+    mlp_size: int,
+    *,
+    axis: str,
+    use_bias: bool,
+    std: float,
+    dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    linear = functools.partial(
+      Linear, use_bias=use_bias, std=std, dtype=dtype, rngs=rngs
+    )
+    self.gate_proj = linear((size,), (mlp_size,), axes=(axis, "mlp"))
+    self.up_proj = linear((size,), (mlp_size,), axes=(axis, "mlp"))
+    self.down_proj = linear((mlp_size,), (size,), axes=("mlp", axis))
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def stack(make: Callable[..., M], count: int, *, rngs: nnx.Rngs) -> M:
+  """One module whose weights are those of `count` layers, layer axis first."""
+  layers = nnx.vmap(lambda rngs: make(rngs=rngs))(rngs.split(count))
+  definition, weights = nnx.split(layers)
+  return nnx.merge(
+    definition,
+    jax.tree.map(
+      lambda weight: weight.replace(axes=("layer", *weight.axes)),
+      weights,
+      is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    ),
+  )
+
+
+def scan(
+  layers: M,
+  call: Callable[[M, jax.Array, Any], tuple[jax.Array, Any]],
+  x: jax.Array,
+  inputs: Any = None,
+  *,
+  remat: str,
+) -> tuple[jax.Array, Any]:
+  """Runs x through stacked layers, compiled once whatever their number.
+
+  Args:
+    layers: what `stack` made.
+    call: (layer, x, its slice of inputs) -> (x, output).
+    x: the stream.
+    inputs: pytree of arrays with a leading layer axis.
+    remat: "none" keeps what the backward pass needs; "full" keeps only x
+      between layers and computes the rest again.
+
+  Returns:
+    x after the last layer, and the outputs stacked over layers.
+  """
+  definition, weights = nnx.split(layers)
+
+  def body(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+    weights, inputs = layer
+    return call(nnx.merge(definition, weights), x, inputs)
+
+  if remat == "full":
+    body = jax.checkpoint(body, prevent_cse=False)
+  return jax.lax.scan(body, x, (weights, inputs))
