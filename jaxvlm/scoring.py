@@ -232,7 +232,7 @@ class _Worker:
     else:
       return None
     if why is not None and not self._ready:
-      raise ValueError(f"rewards: a worker cannot start: {why}")
+      raise ValueError(f"{why} (while a worker for rewards started)")
     return why
 
   def end(self) -> None:

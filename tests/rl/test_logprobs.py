@@ -1,0 +1,169 @@
+"""rl/logprobs.py against the whole [tokens, V] softmax."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxvlm.rl.logprobs import banned_logits, token_logits, token_logprobs
+
+ROWS, WIDTH, DIM, VOCAB = 8, 13, 16, 23
+TEMPERATURE = 0.7
+BANNED = jnp.arange(VOCAB) >= 20
+
+
+@pytest.fixture(scope="module")
+def batch():
+  keys = jax.random.split(jax.random.key(0), 3)
+  hidden = jax.random.normal(keys[0], (ROWS, WIDTH, DIM))
+  head = jax.random.normal(keys[1], (DIM, VOCAB))
+  return hidden, head, jax.random.randint(keys[2], (ROWS, WIDTH), 0, 20)
+
+
+def naive(hidden, head, targets, temperature=TEMPERATURE, banned=BANNED):
+  logits = hidden @ head / temperature
+  logits = jnp.where(banned[None, None], -jnp.inf, logits)
+  logprobs = jax.nn.log_softmax(logits)
+  terms = jnp.where(banned[None, None], 0.0, jnp.exp(logprobs) * logprobs)
+  chosen = jnp.take_along_axis(logprobs, targets[..., None], axis=-1)
+  return chosen[..., 0], -terms.sum(axis=-1)
+
+
+chunked = functools.partial(
+  token_logprobs, temperature=TEMPERATURE, banned=BANNED
+)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 64])
+def test_values_equal_the_naive_form_for_any_chunk(batch, chunk):
+  for got, expected in zip(
+    chunked(*batch, chunk=chunk), naive(*batch), strict=True
+  ):
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_gradients_equal_the_naive_form(batch, chunk):
+  hidden, head, targets = batch
+  weights = jax.random.normal(jax.random.key(4), targets.shape)
+
+  def total(function):
+    return lambda hidden, head: jnp.sum(
+      weights * function(hidden, head, targets)[0]
+    )
+
+  got = jax.grad(total(functools.partial(chunked, chunk=chunk)), (0, 1))
+  expected = jax.grad(total(naive), (0, 1))
+  for a, b in zip(got(hidden, head), expected(hidden, head), strict=True):
+    np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def test_temperature_and_ban_each_move_the_values(batch):
+  logprobs, _ = chunked(*batch, chunk=4)
+  colder = token_logprobs(*batch, temperature=1.0, banned=BANNED, chunk=4)[0]
+  freer = token_logprobs(
+    *batch, temperature=TEMPERATURE, banned=BANNED & False, chunk=4
+  )[0]
+  assert jnp.abs(logprobs - colder).max() > 0.1
+  assert (freer <= logprobs + 1e-6).all()
+  assert jnp.abs(logprobs - freer).max() > 0.1
+
+
+def test_a_banned_id_has_probability_zero(batch):
+  hidden, head, _ = batch
+  logits = token_logits(hidden, head, temperature=1.0, banned=BANNED)
+  shares = jax.nn.softmax(logits)
+  assert (shares[..., 20:] == 0.0).all()
+  np.testing.assert_allclose(shares.sum(axis=-1), 1.0, rtol=1e-5)
+
+
+def test_entropy_of_a_flat_distribution_counts_what_is_not_banned():
+  hidden, head = jnp.zeros((2, 3, DIM)), jnp.ones((DIM, VOCAB))
+  targets = jnp.zeros((2, 3), jnp.int32)
+  logprobs, entropy = chunked(hidden, head, targets, chunk=2)
+  np.testing.assert_allclose(logprobs, -np.log(20), rtol=1e-6)
+  np.testing.assert_allclose(entropy, np.log(20), rtol=1e-6)
+
+
+def test_a_banned_target_of_padding_spoils_no_gradient(batch):
+  hidden, head, targets = batch
+  mask = jnp.arange(WIDTH)[None] < jnp.arange(ROWS)[:, None]
+
+  def total(targets):
+    def loss(hidden, head):
+      logprobs, _ = chunked(hidden, head, targets, chunk=4)
+      return jnp.sum(jnp.where(mask, logprobs, 0.0))
+
+    return jax.value_and_grad(loss, (0, 1))(hidden, head)
+
+  clean, spoilt = total(targets), total(jnp.where(mask, targets, VOCAB - 1))
+  jax.tree.map(np.testing.assert_array_equal, spoilt, clean)
+
+
+def test_entropy_carries_no_gradient(batch):
+  hidden, head, targets = batch
+  gradient = jax.grad(lambda h: chunked(h, head, targets, chunk=4)[1].sum())
+  assert (gradient(hidden) == 0.0).all()
+
+
+def sizes(jaxpr):
+  """Elements of every array that a jaxpr makes, with those of its parts."""
+  for equation in jaxpr.eqns:
+    yield from (var.aval.size for var in equation.outvars)
+    for value in jax.tree.leaves(
+      equation.params, is_leaf=lambda x: hasattr(x, "eqns")
+    ):
+      inner = getattr(value, "jaxpr", value)
+      if hasattr(inner, "eqns"):
+        yield from sizes(inner)
+
+
+def test_logits_are_never_whole():
+  """Nothing as large as [tokens, V] stands in the forward or backward pass."""
+  hidden, head = jnp.ones((2, 64, 4)), jnp.ones((4, 512))
+  targets, banned = jnp.zeros((2, 64), jnp.int32), jnp.zeros(512, bool)
+
+  def loss(hidden, head, chunk):
+    logprobs, _ = token_logprobs(
+      hidden, head, targets, temperature=1.0, banned=banned, chunk=chunk
+    )
+    return logprobs.sum()
+
+  def largest(chunk):
+    gradient = jax.grad(functools.partial(loss, chunk=chunk), (0, 1))
+    return max(sizes(jax.make_jaxpr(gradient)(hidden, head).jaxpr))
+
+  assert largest(64) == 2 * 64 * 512
+  assert largest(8) == 2 * 8 * 512
+
+
+def test_rows_stay_on_their_shards(batch):
+  mesh = Mesh(np.array(jax.devices()), ("data",))
+  rows = NamedSharding(mesh, PartitionSpec("data"))
+  whole = NamedSharding(mesh, PartitionSpec())
+  function = jax.jit(
+    functools.partial(chunked, chunk=4), in_shardings=(rows, whole, rows)
+  )
+  compiled = function.lower(*batch).compile()
+  assert "all-" not in compiled.as_text()
+  for got, expected in zip(function(*batch), naive(*batch), strict=True):
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_bfloat16_states_give_float32_logprobs(batch):
+  hidden, head, targets = batch
+  logprobs, entropy = chunked(
+    hidden.astype(jnp.bfloat16), head, targets, chunk=4
+  )
+  assert logprobs.dtype == entropy.dtype == jnp.float32
+  np.testing.assert_allclose(logprobs, naive(*batch)[0], atol=0.3)
+
+
+def test_banned_logits_keep_their_dtype():
+  logits = banned_logits(jnp.zeros((2, VOCAB), jnp.bfloat16), BANNED)
+  assert logits.dtype == jnp.bfloat16
+  assert jnp.isfinite(logits).all()
