@@ -260,6 +260,7 @@ class _Worker:
   def _lose(self) -> None:
     self.alive = False
     self.group = None
+    self.deadline = 0.0
 
 
 def _absolute(name: str) -> str:

@@ -1,0 +1,104 @@
+"""rewards/math.py: golden cases of graders in the field, and their bugs."""
+
+import time
+
+import pytest
+
+from jaxvlm.rewards.math import reward
+from jaxvlm.types import Example
+
+
+def grade(answer, gold):
+  completion = rf"<think> hm </think> It is \boxed{{{answer}}}."
+  return reward(completion, Example(problem="?", answer=gold))
+
+
+@pytest.mark.parametrize(
+  ("answer", "gold"),
+  [
+    ("12", "12.0"),
+    ("12 cm", "12"),
+    (".5", "1/2"),
+    (r"\frac12", "1/2"),
+    ("3/6", "1/2"),
+    (r"-\frac{1}{2}", "-0.5"),
+    (r"50\%", "50"),
+    ("50%", ".5"),
+    ("1,000", "1000"),
+    ("10^{2}", "100"),
+    ("10!", "3628800"),
+    ("x=5", "5"),
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    ("x^2+2x+1", "(x+1)^2"),
+    (r"30^\circ", "30"),
+    ("30°", "30"),
+    (r"\$5", "5"),
+    ("7.", "7"),
+    ("5", r"\boxed{5}"),
+    ("(B)", "B"),
+    ("Yes.", "yes"),
+  ],
+)
+def test_equal_answers_are_right(answer, gold):
+  assert grade(answer, gold) == 1.0
+
+
+@pytest.mark.parametrize(
+  ("answer", "gold"),
+  [
+    ("-3", "3"),
+    ("13", "12"),
+    (".333", "1/3"),
+    ("[1,2]", "(1,2)"),
+    ("1 2", "12"),
+    ("three", "3"),
+    ("no", "yes"),
+    ("sey", "yes"),
+    ("B", "A"),
+    ("", "3"),
+    (r"1, 2, 3, 4", "3"),
+  ],
+)
+def test_other_answers_are_wrong(answer, gold):
+  assert grade(answer, gold) == 0.0
+
+
+def test_no_answer_is_not_the_answer_none():
+  assert reward("no box here", Example(problem="?", answer="None")) == 0.0
+
+
+def test_the_answer_tag_serves_as_well_as_the_box():
+  row = Example(problem="?", answer="1/2")
+  assert reward("<answer> 0.5 </answer>", row) == 1.0
+
+
+@pytest.mark.parametrize("gold", ["", " ", "."])
+def test_a_row_without_answer_is_refused(gold):
+  with pytest.raises(ValueError, match="no answer"):
+    grade("3", gold)
+
+
+@pytest.mark.parametrize(
+  "answer",
+  [
+    "30000000!",
+    "(30000000)!",
+    "9!!!",
+    "(10**9)**(10**9)",
+    "9^{9^{9}}",
+    "9^9^9",
+    "2^{100000}",
+    "1" * 60,
+    "(" * 60 + "1" + ")" * 60,
+    "+".join(["x^2"] * 11),
+    "1+" * 150 + "1",
+  ],
+)
+def test_costly_answers_score_nothing_at_once(answer):
+  start = time.perf_counter()
+  assert grade(answer, "1/2") == 0.0
+  assert time.perf_counter() - start < 0.5
+
+
+def test_a_costly_answer_is_right_letter_by_letter():
+  assert grade("2^{100000}", "2^{100000}") == 1.0

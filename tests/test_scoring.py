@@ -1,0 +1,235 @@
+"""scoring.py: rewards in processes that can be killed."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from jaxvlm.scoring import Scorer
+from jaxvlm.types import Example
+
+REWARDS = """
+import os, sys, time
+
+def length(completion, example):
+  return len(completion)
+
+def jax_free(completion, example):
+  return float("jax" not in sys.modules and example.images == ())
+
+def pid(completion, example):
+  return os.getpid()
+
+def bad(completion, example):
+  if completion == "sleep":
+    time.sleep(60)
+  if completion == "lock":  # holds the interpreter lock, deaf to signals
+    (10 ** 9) ** (10 ** 9)
+  if completion == "raise":
+    raise KeyError("gone")
+  if completion == "exit":
+    os._exit(3)
+  return {"nan": float("nan"), "none": None}.get(completion, 1)
+"""
+
+
+def rows(count):
+  return [
+    Example(problem="?", answer="3", name=f"set.jsonl:{i}")
+    for i in range(count)
+  ]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+  path = tmp_path_factory.mktemp("rewards") / "mine.py"
+  path.write_text(REWARDS)
+  return path
+
+
+def alive(pid):
+  status = pathlib.Path(f"/proc/{pid}/stat")
+  return status.exists() and status.read_text().split()[2] != "Z"
+
+
+def gone_within(pid, seconds):
+  until = time.monotonic() + seconds
+  while alive(pid) and time.monotonic() < until:
+    time.sleep(0.05)
+  return not alive(pid)
+
+
+def test_rewards_are_the_weighted_sum_of_the_parts(file):
+  length = f"{file}:length"
+  rewards = (("exact", 0.9), ("format", 0.1), (length, -0.01))
+  completions = [
+    ["<answer>3</answer>", "<answer>4</answer>"],
+    ["3", r"<answer>3</answer> \boxed{3}"],
+  ]
+  with Scorer(rewards=rewards, num_workers=2, timeout=20.0) as scorer:
+    scores = scorer.score(completions, rows(2))
+  assert list(scores.parts) == ["exact", "format", length]
+  np.testing.assert_array_equal(scores.parts["exact"], [[1, 0], [0, 1]])
+  np.testing.assert_array_equal(scores.parts["format"], [[1, 1], [0, 0]])
+  lengths = [[len(text) for text in group] for group in completions]
+  np.testing.assert_array_equal(scores.parts[length], lengths)
+  expected = [[0.82, -0.08], [-0.01, 0.9 - 0.28]]
+  np.testing.assert_allclose(scores.rewards, expected, atol=1e-12)
+  assert scores.rewards.dtype == np.float64
+  assert not scores.failed.any()
+  assert scores.messages == ()
+
+
+@pytest.fixture(scope="module")
+def scorer(file):
+  rewards = (("format", 1.0), (f"{file}:bad", 1.0))
+  with Scorer(rewards=rewards, num_workers=2, timeout=1.5) as scorer:
+    yield scorer
+
+
+@pytest.mark.parametrize(
+  ("kind", "why"),
+  [
+    ("raise", "raised KeyError: 'gone' (mine.py:"),
+    ("nan", "returned nan"),
+    ("none", "raised TypeError"),
+    ("sleep", "hung for more than 1.5 s"),
+    ("lock", "hung for more than 1.5 s"),
+    ("exit", "ended its process (exit status 3)"),
+  ],
+)
+def test_a_bad_reward_costs_its_group_and_is_named(scorer, file, kind, why):
+  completions = [["a", "b"], ["a", kind], [kind, "b"], ["a", "b"]]
+  scores = scorer.score(completions, rows(4))
+  np.testing.assert_array_equal(scores.failed, [False, True, True, False])
+  expected = [[1, 1], [0, 0], [0, 0], [1, 1]]
+  np.testing.assert_array_equal(scores.rewards, expected)
+  np.testing.assert_array_equal(scores.parts[f"{file}:bad"], expected)
+  first, second = scores.messages
+  assert f"{file}:bad" in first
+  assert why in first
+  assert "row set.jsonl:1, completion 1" in first
+  assert "row set.jsonl:2, completion 0" in second
+  again = scorer.score([["a", "b"]], rows(1))
+  assert not again.failed.any()
+
+
+def test_a_hang_costs_at_most_the_wall_limit(scorer):
+  start = time.monotonic()
+  scorer.score([["sleep", "a"]] * 2 + [["a", "b"]] * 20, rows(22))
+  assert time.monotonic() - start < 1.5 + 10.0
+
+
+def test_a_worker_that_dies_between_steps_is_replaced(file):
+  name = f"{file}:pid"
+  rewards = ((name, 1.0),)
+  with Scorer(rewards=rewards, num_workers=1, timeout=20.0) as scorer:
+    (pid,) = scorer.score([["a"]], rows(1)).parts[name].ravel()
+    os.kill(int(pid), signal.SIGKILL)
+    assert gone_within(int(pid), 10)
+    scores = scorer.score([["a"], ["b"]], rows(2))
+    assert not scores.failed.any()
+    assert (scores.parts[name] != pid).all()
+
+
+def test_workers_hold_neither_jax_nor_pictures(file):
+  picture = np.zeros((4, 4, 3), np.uint8)
+  row = Example(problem="<image>?", answer="3", images=(picture,))
+  rewards = ((f"{file}:jax_free", 1.0), ("exact", 1.0), ("format", 1.0))
+  with Scorer(rewards=rewards, num_workers=1, timeout=20.0) as scorer:
+    assert scorer.score([["<answer>3</answer>"]], [row]).rewards == [[3.0]]
+
+
+def test_large_groups_pass(file):
+  name = f"{file}:length"
+  with Scorer(rewards=((name, 1.0),), num_workers=2, timeout=20.0) as scorer:
+    scores = scorer.score([["a" * 300_000] * 4] * 6, rows(6))
+  assert (scores.rewards == 300_000).all()
+
+
+def test_a_file_is_found_from_where_the_scorer_was_made(file, monkeypatch):
+  monkeypatch.chdir(file.parent)
+  rewards = (("mine.py:length", 1.0),)
+  with Scorer(rewards=rewards, num_workers=1, timeout=20.0) as scorer:
+    monkeypatch.chdir("/")
+    pid = scorer._workers[0]._process.pid
+    os.kill(pid, signal.SIGKILL)
+    assert gone_within(pid, 10)
+    scores = scorer.score([["abc"]], rows(1))
+  assert scores.parts["mine.py:length"] == [[3.0]]
+
+
+@pytest.mark.parametrize(
+  ("names", "why"),
+  [
+    (("exact", "typo"), "no 'typo'. There are: exact, format, math"),
+    (("{dir}/absent.py:score",), "no such file"),
+    (("{dir}/mine.py:absent",), "has no function 'absent'"),
+    (("{dir}/broken.py:score",), "ZeroDivisionError.*broken.py:1"),
+    (("exact", "exact"), "name each once"),
+    ((), "name each once"),
+  ],
+)
+def test_bad_names_are_refused_before_any_step(file, names, why):
+  (file.parent / "broken.py").write_text("1 / 0")
+  names = [name.format(dir=file.parent) for name in names]
+  with pytest.raises(ValueError, match=why):
+    Scorer(
+      rewards=tuple((name, 1.0) for name in names), num_workers=1, timeout=1.0
+    )
+
+
+def test_bad_sizes_are_refused(scorer):
+  with pytest.raises(ValueError, match="not finite"):
+    Scorer(rewards=(("exact", np.nan),), num_workers=1, timeout=1.0)
+  with pytest.raises(ValueError, match="num_workers=0"):
+    Scorer(rewards=(("exact", 1.0),), num_workers=0, timeout=1.0)
+  with pytest.raises(ValueError, match="2 examples and 1 groups"):
+    scorer.score([["a"]], rows(2))
+  with pytest.raises(ValueError, match=r"\[1, 2\] completions"):
+    scorer.score([["a"], ["a", "b"]], rows(2))
+
+
+def test_no_questions_have_no_scores(scorer):
+  scores = scorer.score([], [])
+  assert scores.rewards.shape == (0, 0)
+  assert scores.failed.shape == (0,)
+
+
+def test_close_ends_every_worker(file):
+  scorer = Scorer(rewards=(("exact", 1.0),), num_workers=2, timeout=1.0)
+  pids = [worker._process.pid for worker in scorer._workers]
+  scorer.close()
+  assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("kind", ["a", "lock"])
+def test_workers_die_with_the_trainer(file, kind, tmp_path):
+  """Even one that hangs in a call which holds the interpreter lock."""
+  script = textwrap.dedent(f"""
+    from jaxvlm.scoring import Scorer
+    from jaxvlm.types import Example
+    rewards = (("{file}:bad", 1.0),)
+    scorer = Scorer(rewards=rewards, num_workers=1, timeout=2.0)
+    print(scorer._workers[0]._process.pid, flush=True)
+    scorer.score([["{kind}"]], [Example(problem="?", answer="3")])
+    input()
+  """)
+  with subprocess.Popen(
+    [sys.executable, "-c", script],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[1],
+  ) as trainer:
+    pid = int(trainer.stdout.readline())
+    time.sleep(0.5)
+    assert alive(pid)
+    trainer.kill()
+  assert gone_within(pid, 20)
