@@ -25,7 +25,7 @@ class Inspected(NamedTuple):
   """What the check of a data set found."""
 
   kept: Int[np.ndarray, " N"]  # indices, in order
-  dropped: dict[str, int]  # rows over a limit, by the limit's name
+  dropped: dict[str, int]  # rows, by the limit they are over
 
 
 def inspect(
@@ -88,10 +88,10 @@ def _within(
     over = fits & (column > most)
     fits &= ~over
     if over.any():
-      dropped[limit] = int(over.sum())
+      dropped[f"over {limit} {most}"] = int(over.sum())
     if not fits.any():
       raise ValueError(
-        f"{name}: all {len(lengths)} rows are too long, {dropped[limit]} of "
+        f"{name}: all {len(lengths)} rows are too long, {over.sum()} of "
         f"them by {limit} = {most} (the shortest has {column[over].min()} "
         "tokens). Raise that limit, or lower max_pixels if pictures fill it."
       )

@@ -111,20 +111,29 @@ def _first(*values: int | None) -> int:
 
 def _read_settings(directory: pathlib.Path) -> dict[str, Any]:
   # HF's order: nested in processor_config.json, then the older file.
-  new, old = (
-    directory / name
-    for name in ("processor_config.json", "preprocessor_config.json")
-  )
-  if new.is_file():
-    nested = json.loads(new.read_text(encoding="utf-8")).get("image_processor")
-    if nested is not None:
-      return nested
-  if old.is_file():
-    return json.loads(old.read_text(encoding="utf-8"))
-  raise ValueError(
-    f"{directory}: no preprocessor_config.json; copy it from the model's "
-    "Hugging Face directory."
-  )
+  new = read_json(directory / "processor_config.json") or {}
+  old = read_json(directory / "preprocessor_config.json")
+  settings = new.get("image_processor", old)
+  if settings is None:
+    raise ValueError(
+      f"{directory}: no preprocessor_config.json; copy it from the model's "
+      "Hugging Face directory."
+    )
+  return settings
+
+
+def read_json(file: pathlib.Path) -> Any:
+  """A parsed file; None where there is none.
+
+  Raises:
+    ValueError: it is not JSON.
+  """
+  if not file.is_file():
+    return None
+  try:
+    return json.loads(file.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{file}: not JSON: {error}") from error
 
 
 def _open(picture: Picture) -> PIL.Image.Image:

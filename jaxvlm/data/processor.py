@@ -5,7 +5,6 @@ torchvision.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from jaxvlm.data.pictures import (
   load_picture,
   make_patches,
   measure_picture,
+  read_json,
   smart_resize,
 )
 from jaxvlm.data.vision_layout import Layout, mrope_positions
@@ -72,7 +72,7 @@ class Processor:
       ValueError: a file is missing or does not fit the others.
     """
     directory = pathlib.Path(directory)
-    config = _read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     if config is None:
       raise ValueError(f"{directory}: no config.json; not a HF checkpoint.")
     try:
@@ -249,15 +249,6 @@ def _picture_error(example: Example, i: int, error: ValueError) -> ValueError:
   return ValueError(f"{example.name}: picture {i + 1}: {error}")
 
 
-def _read_json(file: pathlib.Path) -> Any:
-  if not file.is_file():
-    return None
-  try:
-    return json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{file}: not JSON: {error}") from error
-
-
 def _check_agreement(
   directory: pathlib.Path,
   tokenizer: Any,
@@ -268,7 +259,8 @@ def _check_agreement(
   if pad != layout.image_token_id:
     raise ValueError(
       f"{directory}: config.json says image_token_id {layout.image_token_id} "
-      f"but the tokenizer has <|image_pad|> as {pad}."
+      f"but the tokenizer has <|image_pad|> as {pad}; the tokenizer files are "
+      "missing or of another model."
     )
   sizes = (pictures.patch_size, pictures.merge_size)
   if sizes != (layout.patch_size, layout.spatial_merge_size):
@@ -283,7 +275,7 @@ def _chat_template(directory: pathlib.Path, tokenizer: Any) -> str:
   file = directory / "chat_template.jinja"
   if file.is_file():
     return file.read_text(encoding="utf-8")
-  legacy = _read_json(directory / "chat_template.json")
+  legacy = read_json(directory / "chat_template.json")
   template = legacy["chat_template"] if legacy else tokenizer.chat_template
   if not isinstance(template, str):
     raise ValueError(
@@ -297,7 +289,7 @@ def _eos_ids(
   directory: pathlib.Path, config: dict[str, Any], tokenizer: Any
 ) -> tuple[int, ...]:
   """All ids that end a turn; first the one that a written response ends in."""
-  generation = _read_json(directory / "generation_config.json") or {}
+  generation = read_json(directory / "generation_config.json") or {}
   places = (
     generation.get("eos_token_id"),
     config.get("eos_token_id"),

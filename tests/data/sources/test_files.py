@@ -1,0 +1,213 @@
+"""Rows of files in every form that people write them."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import PIL.Image
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from jaxvlm.data.pictures import load_picture
+from jaxvlm.data.sources.files import source
+
+PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+
+
+def png() -> bytes:
+  buffer = io.BytesIO()
+  PIL.Image.fromarray(PICTURE).save(buffer, "PNG")
+  return buffer.getvalue()
+
+
+def write_parquet(file, rows):
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+
+def write_json(file, rows):
+  file.write_text(json.dumps(rows))
+
+
+def write_jsonl(file, rows):
+  file.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+
+
+WRITERS = {
+  "rows.parquet": write_parquet,
+  "rows.json": write_json,
+  "rows.jsonl": write_jsonl,
+}
+
+
+def rows_of(count, **changes):
+  return [
+    {"problem": f"p{i}", "answer": str(i)} | changes for i in range(count)
+  ]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_rows(tmp_path, name):
+  rows = [
+    {"problem": "<image>one\u2028line", "answer": "1", "images": ["a.png"]},
+    {"problem": "two", "answer": "2", "images": []},
+    {"problem": "three", "answer": " 3 ", "images": None},
+  ]
+  WRITERS[name](tmp_path / name, rows)
+  found = source(path=str(tmp_path / name))
+  assert len(found) == 3
+  assert [e.problem for e in found] == [row["problem"] for row in rows]
+  assert [e.answer for e in found] == ["1", "2", "3"]
+  assert [e.images for e in found] == [(str(tmp_path / "a.png"),), (), ()]
+  assert found[1].name == f"{tmp_path / name}[1]"
+  assert found[-1] == found[2]
+  assert [e.answer for e in found[1:]] == ["2", "3"]
+  with pytest.raises(IndexError):
+    found[3]
+
+
+def encoded():
+  text = base64.b64encode(png()).decode()
+  return {
+    "bytes": png(),
+    "{bytes}": {"bytes": png(), "path": None},
+    "{path}": {"bytes": None, "path": "pictures/a.png"},
+    "path": "pictures/a.png",
+    "base64": text,
+    "wrapped base64": "\n".join([text[:76], text[76:]]),
+    "data url": f"data:image/png;base64,{text}",
+  }
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("kind", encoded())
+def test_pictures_come_in_every_form(tmp_path, kind, several):
+  (tmp_path / "pictures").mkdir()
+  (tmp_path / "pictures" / "a.png").write_bytes(png())
+  picture = encoded()[kind]
+  row = {"problem": "<image>", "answer": "1"}
+  row["images"] = [picture, picture] if several else picture
+  write_parquet(tmp_path / "rows.parquet", [row])
+  images = source(path=str(tmp_path / "rows.parquet"))[0].images
+  assert len(images) == (2 if several else 1)
+  for image in images:
+    np.testing.assert_array_equal(load_picture(image), PICTURE)
+
+
+def test_relative_paths_start_where_the_config_says(tmp_path):
+  write_json(tmp_path / "rows.json", rows_of(1, images=["a.png"]))
+  found = source(path=str(tmp_path / "rows.json"), image_dir="/pictures")
+  assert found[0].images == ("/pictures/a.png",)
+
+
+def test_columns_have_the_names_of_the_config(tmp_path):
+  write_jsonl(
+    tmp_path / "rows.jsonl",
+    [{"question": "q", "solution": 4.5, "image": "a.png", "trace": "t"}],
+  )
+  example = source(
+    path=str(tmp_path / "rows.jsonl"),
+    problem_key="question",
+    answer_key="solution",
+    images_key="image",
+    response_key="trace",
+  )[0]
+  assert (example.problem, example.answer, example.response) == (
+    "q",
+    "4.5",
+    "t",
+  )
+  assert example.images == (str(tmp_path / "a.png"),)
+
+
+def test_a_written_response_needs_no_answer(tmp_path):
+  write_jsonl(tmp_path / "rows.jsonl", [{"problem": "p", "response": "r"}])
+  path = str(tmp_path / "rows.jsonl")
+  example = source(path=path, response_key="response")[0]
+  assert (example.answer, example.response) == ("", "r")
+  with pytest.raises(ValueError, match="no column 'answer'"):
+    source(path=path)
+
+
+def test_several_files_and_patterns_are_one_set(tmp_path):
+  for i, name in enumerate(("b.jsonl", "a.jsonl", "c.parquet")):
+    rows = [{"problem": f"{i}{j}", "answer": 1} for j in range(2)]
+    writer = write_parquet if name.endswith("parquet") else write_jsonl
+    writer(tmp_path / name, rows)
+  pattern = str(tmp_path / "*.jsonl")
+  found = source(path=(str(tmp_path / "c.parquet"), pattern))
+  problems = [e.problem for e in found]
+  assert problems == ["20", "21", "10", "11", "00", "01"]
+  assert [e.problem for e in source(path=pattern, limit=3)] == problems[2:5]
+  assert len(source(path=pattern, limit=99)) == 4
+
+
+def test_rows_beyond_the_limit_are_not_looked_at(tmp_path):
+  write_json(tmp_path / "rows.json", [*rows_of(2), {"problem": "no answer"}])
+  assert len(source(path=str(tmp_path / "rows.json"), limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+  ("rows", "message"),
+  [
+    ([], "no rows"),
+    ([*rows_of(2), {"problem": "p"}], r"\[2\]: no 'answer'; each row"),
+    (rows_of(1, answer=""), r"\[0\]: no 'answer'"),
+    (rows_of(1, answer=" "), r"\[0\]: no 'answer'"),
+    (rows_of(1, answer=["a"]), r"\[0\]: the answer is \['a'\]; expected"),
+    (rows_of(1, problem=None), r"\[0\]: 'problem' is None; expected text"),
+    ([{"answer": "1"}], "no column 'problem'; there are answer"),
+    ([{"problem": "p"}], "no column 'answer'"),
+    (rows_of(1, videos=["a.mp4"]), "has videos; only pictures"),
+    (["p"], r"\[0\]: is 'p'; expected an object"),
+  ],
+)
+def test_a_bad_set_is_one_clear_error(tmp_path, rows, message):
+  write_json(tmp_path / "rows.json", rows)
+  with pytest.raises(ValueError, match=message):
+    source(path=str(tmp_path / "rows.json"))
+
+
+@pytest.mark.parametrize("picture", [3, "", {"bytes": None, "path": None}])
+def test_a_picture_of_another_kind_is_refused(tmp_path, picture):
+  write_json(tmp_path / "rows.json", rows_of(1, images=[picture]))
+  with pytest.raises(ValueError, match=r"rows\.json\[0\]: a picture is"):
+    source(path=str(tmp_path / "rows.json"))[0]
+  write_json(tmp_path / "rows.json", rows_of(1, images=3))
+  with pytest.raises(ValueError, match=r"rows\.json\[0\]: the pictures are"):
+    source(path=str(tmp_path / "rows.json"))[0]
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+  for path in (str(tmp_path / "gone.json"), str(tmp_path / "*.parquet")):
+    with pytest.raises(ValueError, match="files: no such file"):
+      source(path=path)
+  with pytest.raises(ValueError, match="path is empty"):
+    source(path=())
+  (tmp_path / "rows.csv").write_text("problem,answer")
+  for path in (str(tmp_path / "rows.csv"), str(tmp_path)):
+    with pytest.raises(ValueError, match=r"expected a \.parquet"):
+      source(path=path)
+  (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
+  with pytest.raises(ValueError, match=r"cut\.parquet: not readable"):
+    source(path=str(tmp_path / "cut.parquet"))
+  (tmp_path / "bad.jsonl").write_text('{"problem": "p", "answer": 1}\n{"pro')
+  with pytest.raises(ValueError, match=r"bad\.jsonl: line 2 is not JSON"):
+    source(path=str(tmp_path / "bad.jsonl"))
+  (tmp_path / "bad.json").write_text("[\n{},\n{]")
+  with pytest.raises(ValueError, match=r"bad\.json: line 3 is not JSON"):
+    source(path=str(tmp_path / "bad.json"))
+
+
+def test_a_missing_picture_is_named_when_it_is_read(tmp_path, processor):
+  write_json(
+    tmp_path / "rows.json",
+    rows_of(1, problem="<image>", images=["gone.png"]),
+  )
+  example = source(path=str(tmp_path / "rows.json"))[0]
+  with pytest.raises(
+    ValueError,
+    match=r"rows\.json\[0\]: picture 1: .* no such file: .*gone\.png",
+  ):
+    processor.length(example)

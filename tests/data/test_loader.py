@@ -1,0 +1,218 @@
+"""The stream is the same for any number of hosts and goes on where it was."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from jaxvlm.data import loader
+from jaxvlm.types import Example
+
+
+def make_rows(count, tag="", **changes):
+  return [
+    Example(problem=f"{tag}{i}", answer="1", name=f"{tag}[{i}]", **changes)
+    for i in range(count)
+  ]
+
+
+def make_loader(processor, sources, **changes):
+  settings = {
+    "batch_size": 4,
+    "seed": 0,
+    "process_index": 0,
+    "process_count": 1,
+    "shuffle": True,
+  }
+  return loader.Loader(sources, processor, **(settings | changes))
+
+
+def whole(rows, weight=1.0):
+  return loader.Source(weight, rows, np.arange(len(rows)))
+
+
+def take(batches, count):
+  return [
+    [(q.question_id, q.example.problem) for q in next(batches)]
+    for _ in range(count)
+  ]
+
+
+def flat(batches):
+  return [pair for batch in batches for pair in batch]
+
+
+@pytest.fixture(scope="module")
+def mixture():
+  a, b = make_rows(10, "a"), make_rows(7, "b")
+  return {"a": whole(a, 3.0), "b": loader.Source(1.0, b, np.array([1, 4, 6]))}
+
+
+def test_each_epoch_shows_every_row_once_in_a_new_order(processor):
+  stream = make_loader(processor, {"a": whole(make_rows(8))})
+  seen = flat(take(stream, 6))
+  epochs = [[p for _, p in seen[i : i + 8]] for i in (0, 8, 16)]
+  assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
+  assert len({tuple(epoch) for epoch in epochs}) == 3
+  assert [i for i, _ in seen] == list(range(24))
+
+
+def test_the_order_is_a_function_of_the_seed(processor, mixture):
+  first = take(make_loader(processor, mixture), 5)
+  assert take(make_loader(processor, mixture), 5) == first
+  assert take(make_loader(processor, mixture, seed=1), 5) != first
+
+
+def test_without_shuffle_rows_come_in_order(processor):
+  rows = {"a": whole(make_rows(3))}
+  seen = flat(take(make_loader(processor, rows, shuffle=False), 2))
+  assert [p for _, p in seen] == ["0", "1", "2", "0", "1", "2", "0", "1"]
+
+
+def test_sources_are_mixed_by_weight_and_only_kept_rows_are_shown(
+  processor, mixture
+):
+  seen = [p for _, p in flat(take(make_loader(processor, mixture), 10))]
+  assert sum(p.startswith("a") for p in seen) == 30
+  assert {p for p in seen if p.startswith("b")} == {"b1", "b4", "b6"}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_together_see_the_batches_of_one(processor, mixture, count):
+  want = take(make_loader(processor, mixture), 5)
+  hosts = [
+    take(
+      make_loader(processor, mixture, process_index=i, process_count=count), 5
+    )
+    for i in range(count)
+  ]
+  got = [flat(parts) for parts in zip(*hosts, strict=True)]
+  assert got == want
+
+
+@pytest.mark.parametrize("done", [0, 1, 3, 7])
+def test_a_restored_stream_goes_on_where_it_was(processor, mixture, done):
+  stream = make_loader(processor, mixture)
+  take(stream, done)
+  time.sleep(0.05)  # the threads run ahead of what was handed out
+  state = json.loads(json.dumps(stream.get_state()))
+  want = take(stream, 6)
+  restored = make_loader(processor, mixture)
+  restored.set_state(state)
+  assert take(restored, 6) == want
+  restored.set_state(state)  # also back
+  assert take(restored, 6) == want
+
+
+def test_a_row_that_cannot_be_prepared_ends_the_stream_named(processor):
+  rows = make_rows(1, "bad", images=(b"no",))
+  stream = make_loader(processor, {"a": whole(rows)})
+  with pytest.raises(ValueError, match=r"bad\[0\]: 0 <image> markers"):
+    next(stream)
+
+
+def test_mixtures_that_cannot_be_are_refused(processor, mixture):
+  with pytest.raises(ValueError, match="at least one source"):
+    make_loader(processor, {})
+  with pytest.raises(ValueError, match="data a: no rows"):
+    make_loader(processor, {"a": whole([])})
+  with pytest.raises(ValueError, match="data a: weight 0"):
+    make_loader(processor, {"a": whole(make_rows(2), 0)})
+  with pytest.raises(ValueError, match=r"4 questions a step .* 3 hosts"):
+    make_loader(processor, mixture, process_count=3)
+
+
+def test_questions_keep_order_and_index(processor):
+  got = loader.questions(make_rows(5), processor, np.array([3, 1]))
+  assert [(q.question_id, q.example.problem) for q in got] == [
+    (3, "3"),
+    (1, "1"),
+  ]
+  assert type(got[0].question_id) is int
+
+
+def inspect(rows, processor, **changes):
+  settings = {
+    "name": "stages.x.data.y",
+    "max_prompt_length": 1000,
+    "max_response_length": None,
+    "progress": None,
+  }
+  return loader.inspect(rows, processor, **(settings | changes))
+
+
+def test_long_prompts_are_dropped_and_counted(processor):
+  rows = make_rows(6)
+  rows[2] = Example(problem="long " * 50, answer="1")
+  rows[5] = Example(
+    problem="<image>",
+    answer="1",
+    images=(np.zeros((560, 560, 3), np.uint8),),
+  )
+  seen = []
+  found = inspect(
+    rows,
+    processor,
+    max_prompt_length=100,
+    progress=lambda done, total: seen.append((done, total)),
+  )
+  assert found.kept.tolist() == [0, 1, 3, 4]
+  assert found.dropped == {"over max_prompt_length 100": 2}
+  assert seen == [(i, 6) for i in range(1, 7)]
+
+
+def test_the_limit_itself_is_kept(processor):
+  length = processor.length(make_rows(1)[0])
+  kept = inspect(make_rows(1), processor, max_prompt_length=length).kept
+  assert kept.tolist() == [0]
+
+
+def test_long_responses_are_dropped_where_they_are_learned(processor):
+  rows = make_rows(3, response="abc") + make_rows(2, response="abc " * 20)
+  found = inspect(rows, processor, max_response_length=4)
+  assert found.kept.tolist() == [0, 1, 2]
+  assert found.dropped == {"over max_response_length 4": 2}
+  assert inspect(rows, processor).dropped == {}
+
+
+def test_all_dropped_names_the_limit(processor):
+  with pytest.raises(
+    ValueError, match=r"y: all 3 rows .* max_prompt_length = 5 .* has \d\d tok"
+  ):
+    inspect(make_rows(3), processor, max_prompt_length=5)
+  with pytest.raises(ValueError, match="max_response_length = 1"):
+    inspect(
+      make_rows(3, response="abc"),
+      processor,
+      max_prompt_length=1000,
+      max_response_length=1,
+    )
+
+
+def test_bad_rows_are_errors_before_any_compute(processor):
+  with pytest.raises(ValueError, match=r"data\.y: the data set is empty"):
+    inspect([], processor)
+  for wrong, message in (
+    (Example(problem="a", answer="", name="f[1]"), r"f\[1\]: no answer"),
+    (Example(problem="a", answer=""), r"stages\.x\.data\.y\[1\]: no answer"),
+    (Example(problem="<image>", answer="1", name="f"), "f: 1 <image> markers"),
+    (
+      Example(problem="<image>", answer="1", name="f", images=("gone.png",)),
+      "f: picture 1: cannot read the picture: no such file",
+    ),
+  ):
+    with pytest.raises(ValueError, match=message):
+      inspect([make_rows(1)[0], wrong], processor)
+  with pytest.raises(ValueError, match=r"\[0\]: no response"):
+    inspect(make_rows(1), processor, max_response_length=9)
+
+
+def test_thousands_of_rows_are_checked_in_seconds(processor):
+  picture = np.zeros((56, 56, 3), np.uint8)
+  row = Example(
+    problem="<image>what is in the top left?", answer="1", images=(picture,)
+  )
+  start = time.perf_counter()
+  assert len(inspect([row] * 3000, processor).kept) == 3000
+  assert time.perf_counter() - start < 5  # 0.4 s on a quiet core

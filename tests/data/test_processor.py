@@ -1,0 +1,234 @@
+"""Prompts equal those of transformers' processor; bad rows are named."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+from transformers.models.qwen2_5_vl import processing_qwen2_5_vl
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
+
+from jaxvlm.types import Example
+
+
+def noise(height, width):
+  rng = np.random.default_rng(height * 1000 + width)
+  return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def make_example(problem="<image>what?", *, images=None, **changes):
+  images = (noise(56, 84),) if images is None else images
+  fields = {"answer": "3", "name": "rows.json[4]"} | changes
+  return Example(problem=problem, images=images, **fields)
+
+
+class WithoutVideo(processing_qwen2_5_vl.Qwen2_5_VLProcessor):
+  """Its video processor needs torchvision; pictures and text do not."""
+
+  def check_argument_for_proper_class(self, name, argument):
+    pass
+
+
+@pytest.fixture(scope="module")
+def hf_processor(checkpoint, hf_tokenizer):
+  hf = image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil
+  return WithoutVideo(
+    image_processor=hf.from_pretrained(checkpoint),
+    tokenizer=hf_tokenizer,
+    chat_template=hf_tokenizer.chat_template,
+  )
+
+
+def run_hf(hf_processor, content, pictures, system=None):
+  images = iter(PIL.Image.fromarray(p) for p in pictures)
+  parts = [
+    {"type": "image", "image": next(images)}
+    if part is None
+    else {"type": "text", "text": part}
+    for part in content
+  ]
+  messages = [{"role": "user", "content": parts}]
+  if system is not None:
+    system = [{"type": "text", "text": system}]
+    messages.insert(0, {"role": "system", "content": system})
+  return hf_processor.apply_chat_template(
+    messages,
+    tokenize=True,
+    add_generation_prompt=True,
+    return_dict=True,
+    return_tensors="np",
+  )
+
+
+@pytest.mark.parametrize(
+  ("problem", "content", "sizes"),
+  [
+    ("<image>what?", [None, "what?"], [(97, 61)]),
+    ("see <image> and<image>", ["see ", None, " and", None], [(30, 90)] * 2),
+    ("<image>\n<image>", [None, "\n", None], [(56, 56), (120, 200)]),
+    ("what is 2 + 3?", ["what is 2 + 3?"], []),
+    (" a\u0301 日本 <b>\n", [" a\u0301 日本 <b>\n"], []),
+  ],
+)
+@pytest.mark.parametrize("system", [None, "You see."])
+def test_prompts_equal_transformers(
+  checkpoint, make_processor, hf_processor, problem, content, sizes, system
+):
+  suffix = "" if problem.endswith("<image>") else " Think."
+  content = [*content[:-1], content[-1] + suffix] if suffix else content
+  pictures = tuple(noise(*size) for size in sizes)
+  processor = make_processor(
+    checkpoint, prompt_suffix=suffix, system_prompt=system
+  )
+  question = processor.question(make_example(problem, images=pictures), 7)
+  want = run_hf(hf_processor, content, pictures, system)
+  np.testing.assert_array_equal(question.prompt_ids, want["input_ids"][0])
+  if sizes:
+    np.testing.assert_array_equal(question.pixel_values, want["pixel_values"])
+    np.testing.assert_array_equal(
+      question.image_grid_thw, want["image_grid_thw"]
+    )
+  else:
+    assert question.pixel_values.shape == (0, 1176)
+    assert question.image_grid_thw.shape == (0, 3)
+  assert processor.length(question.example) == len(question.prompt_ids)
+  assert question.position_ids.shape == (3, len(question.prompt_ids))
+  assert question.question_id == 7
+  assert question.response_ids is None
+
+
+def test_responses_end_in_the_end_of_turn(processor, hf_tokenizer):
+  example = make_example(response="<answer> 3 </answer>")
+  ids = processor.question(example, 0).response_ids
+  assert ids[-1] == hf_tokenizer.convert_tokens_to_ids("<|im_end|>")
+  assert processor.decode(ids) == "<answer> 3 </answer>"
+  assert processor.response_length(example) == len(ids)
+  assert processor.response_length(make_example()) == 0
+
+
+def test_every_end_of_the_checkpoint_stops(own_checkpoint, make_processor):
+  end, text_end = 278, 276  # <|im_end|>, <|endoftext|>
+  assert make_processor(own_checkpoint).eos_ids == (end,)
+  assert make_processor(own_checkpoint).pad_id == text_end
+  config = json.loads((own_checkpoint / "config.json").read_text())
+  config["text_config"] = {"eos_token_id": [text_end]}
+  (own_checkpoint / "config.json").write_text(json.dumps(config))
+  assert make_processor(own_checkpoint).eos_ids == (text_end,)
+  generation = own_checkpoint / "generation_config.json"
+  generation.write_text(json.dumps({"eos_token_id": [text_end, end]}))
+  # The tokenizer's own goes first: written responses end in it.
+  assert make_processor(own_checkpoint).eos_ids == (end, text_end)
+
+
+def test_vision_tokens_and_rows_without_a_token_are_banned(
+  processor, hf_tokenizer
+):
+  banned = processor.banned_ids(300)
+  names = hf_tokenizer.convert_ids_to_tokens(
+    np.flatnonzero(banned[: len(hf_tokenizer)]).tolist()
+  )
+  assert sorted(names) == [
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|vision_start|>",
+  ]
+  assert banned[len(hf_tokenizer) :].all()
+  with pytest.raises(ValueError, match="vocab_size is 200"):
+    processor.banned_ids(200)
+
+
+def test_the_processors_template_goes_before_the_tokenizers(
+  own_checkpoint, make_processor
+):
+  example = make_example("hi", images=())
+  file = own_checkpoint / "chat_template.jinja"
+  template = file.read_text()
+  file.unlink()
+  with pytest.raises(ValueError, match="no chat template"):
+    make_processor(own_checkpoint)
+  config = own_checkpoint / "tokenizer_config.json"
+  content = json.loads(config.read_text())
+  config.write_text(json.dumps(content | {"chat_template": "tokenizer's"}))
+  assert make_processor(own_checkpoint).text(example) == "tokenizer's"
+  legacy = own_checkpoint / "chat_template.json"
+  legacy.write_text(json.dumps({"chat_template": "legacy"}))
+  assert make_processor(own_checkpoint).text(example) == "legacy"
+  file.write_text(template)
+  assert "user\nhi<|im_end|>" in make_processor(own_checkpoint).text(example)
+
+
+@pytest.mark.parametrize(
+  ("example", "message"),
+  [
+    (make_example("what?"), r"\[4\]: 0 <image> markers .* 1 pictures"),
+    (make_example("<image><image>"), r"\[4\]: 2 <image> markers .* 1 pict"),
+    (make_example(images=()), r"\[4\]: 1 <image> markers .* 0 pictures"),
+    (make_example("<video>what?"), r"\[4\]: the problem has a <video> marker"),
+    (make_example("<image><|image_pad|>"), r"\[4\]: 2 picture tokens"),
+    (make_example(images=(b"no",)), r"\[4\]: picture 1: cannot read"),
+    (
+      make_example(images=("no.png",)),
+      r"\[4\]: picture 1: .* no such file: no",
+    ),
+    (make_example(images=(noise(1, 300),)), r"\[4\]: picture 1: .* too thin"),
+  ],
+)
+def test_a_bad_row_is_named(processor, example, message):
+  for prepare in (
+    processor.length,
+    lambda example: processor.question(example, 0),
+  ):
+    with pytest.raises(ValueError, match=r"rows\.json" + message):
+      prepare(example)
+
+
+def test_a_directory_that_does_not_fit_together_is_refused(
+  own_checkpoint, make_processor, tmp_path
+):
+  with pytest.raises(ValueError, match=r"no config\.json"):
+    make_processor(tmp_path)
+  file = own_checkpoint / "config.json"
+  config = json.loads(file.read_text())
+  file.write_text(json.dumps(config | {"image_token_id": 5}))
+  with pytest.raises(ValueError, match="image_token_id 5 but the tokenizer"):
+    make_processor(own_checkpoint)
+  file.write_text(json.dumps(config | {"vision_config": {"patch_size": 16}}))
+  with pytest.raises(ValueError, match=r"\(14, 2\) in the picture settings"):
+    make_processor(own_checkpoint)
+  file.write_text("{")
+  with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+    make_processor(own_checkpoint)
+  file.write_text(json.dumps(config))
+  (own_checkpoint / "tokenizer.json").write_text("{")
+  with pytest.raises(ValueError, match="no usable tokenizer"):
+    make_processor(own_checkpoint)
+  (own_checkpoint / "tokenizer.json").unlink()
+  with pytest.raises(ValueError, match="tokenizer files are missing or of"):
+    make_processor(own_checkpoint)
+
+
+def test_neither_torch_nor_torchvision_is_needed(checkpoint):
+  program = f"""
+import sys
+sys.modules["torch"] = sys.modules["torchvision"] = None
+import numpy as np
+from jaxvlm.data import loader, vision_layout
+from jaxvlm.data.processor import Processor
+from jaxvlm.types import Example
+processor = Processor.from_directory(
+  {str(checkpoint)!r}, min_pixels=None, max_pixels=None, prompt_suffix="",
+  system_prompt=None)
+rows = [Example(
+  problem="<image>?", answer="1", images=(np.zeros((56, 56, 3), np.uint8),))]
+questions = loader.questions(rows, processor, [0])
+batch = vision_layout.collate(questions, lanes=1, layout=processor.layout)
+print(batch.vision.pixel_values.shape)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, check=True
+  )
+  assert done.stdout == "(1, 16, 1176)\n"
