@@ -67,7 +67,10 @@ class Network:
     def make(key: jax.Array) -> Params:
       return nnx.to_pure_dict(nnx.state(self._make(key, stacked=True)))
 
-    return jax.jit(make)(jax.random.key(seed))
+    # Optimizing a program that runs once costs a CPU more than running it.
+    cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if cpu else None
+    return jax.jit(make, compiler_options=options)(jax.random.key(seed))
 
   def shapes(self) -> Params:
     """Params with a ShapeDtypeStruct at each leaf."""
@@ -93,11 +96,11 @@ class Network:
     return "merger" if path[1] == "merger" else "vision_tower"
 
   @functools.cached_property
-  def skeleton(self) -> nnx.Module:
+  def skeleton(self) -> Any:
     """The model with shapes for weights."""
     return self._abstract(stacked=True)
 
-  def _abstract(self, *, stacked: bool) -> nnx.Module:
+  def _abstract(self, *, stacked: bool) -> Any:
     make = functools.partial(self._make, stacked=stacked)
     return nnx.eval_shape(make, jax.random.key(0))
 
@@ -230,7 +233,7 @@ class Network:
     )
 
   @functools.cached_property
-  def _decode_skeleton(self) -> nnx.Module:
+  def _decode_skeleton(self) -> Any:
     return self._abstract(stacked=False).language_model
 
   def _embed_tokens(

@@ -93,9 +93,17 @@ def save_hf(
     network: the architecture.
     params: its weights, written in their own dtype.
     source_dir: whose config, tokenizer, processor and other files go along.
-    destination: replaced where it exists.
+    destination: an earlier export there is replaced.
+
+  Raises:
+    ValueError: the destination holds something else than a model.
   """
   destination = pathlib.Path(destination)
+  if destination.exists() and not (destination / "config.json").is_file():
+    raise ValueError(
+      f"{destination}: exists and is no model directory; remove it or choose "
+      "another place."
+    )
   aside = destination.with_name(f".{destination.name}.partial")
   writer = jax.process_index() == 0
   if writer:
@@ -118,9 +126,7 @@ def save_hf(
     fetch=fetch,
   )
   if writer:
-    if destination.exists():
-      shutil.rmtree(destination)
-    aside.rename(destination)
+    _replace_directory(aside, destination)
 
 
 def weights(network: Network) -> list[Weight]:
@@ -150,6 +156,15 @@ def weights(network: Network) -> list[Weight]:
       )
     )
   return result
+
+
+def _replace_directory(new: pathlib.Path, place: pathlib.Path) -> None:
+  old = place.with_name(f".{place.name}.old")
+  shutil.rmtree(old, ignore_errors=True)
+  if place.exists():
+    place.rename(old)
+  new.rename(place)
+  shutil.rmtree(old, ignore_errors=True)
 
 
 def _replace(name: str, table: dict[str, str]) -> str:

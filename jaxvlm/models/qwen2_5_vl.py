@@ -92,6 +92,34 @@ class Config:
   vision_end_token_id: int
   tie_word_embeddings: bool
 
+  def __post_init__(self) -> None:
+    text, tower = self.text_config, self.vision_config
+    for name, got, expected in (
+      (
+        "hidden_size % num_attention_heads",
+        text.hidden_size % text.num_attention_heads,
+        0,
+      ),
+      (
+        "num_attention_heads % num_key_value_heads",
+        text.num_attention_heads % text.num_key_value_heads,
+        0,
+      ),
+      ("2 * sum(mrope_section)", 2 * sum(text.mrope_section), text.head_dim),
+      (
+        "vision hidden_size % (4 * num_heads)",
+        tower.hidden_size % (4 * tower.num_heads),
+        0,
+      ),
+      ("vision out_hidden_size", tower.out_hidden_size, text.hidden_size),
+    ):
+      if got != expected:
+        raise ValueError(f"config: {name} is {got}, expected {expected}.")
+
+  @property
+  def vocab_size(self) -> int:
+    return self.text_config.vocab_size
+
   @classmethod
   def from_hf(cls, raw: dict[str, Any]) -> "Config":
     """Reads config.json, text fields nested or (published files) at the root.
@@ -104,21 +132,25 @@ class Config:
         f"config.json: model_type is {raw.get('model_type')!r}, expected "
         f"{MODEL_TYPE!r}."
       )
-    text = raw.get("text_config", raw)
+    text = raw.get("text_config") or raw
+    tower = raw.get("vision_config") or {}
     if text.get("use_sliding_window"):
       raise ValueError("config.json: use_sliding_window is not supported.")
-    # Each default below is transformers' own for a file without the field.
-    tower = {
-      "in_channels": 3,
-      "initializer_range": 0.02,
-      "rope_parameters": {"rope_theta": 10000.0},
-      **raw.get("vision_config", {}),
-    }
+    # Each value given here is transformers' own for a file without the field.
     return cls(
       text_config=_read(
-        TextConfig, {"initializer_range": 0.02, **text, **_rope(text)}
+        TextConfig,
+        {"initializer_range": 0.02, **text, **_rope(text, theta=1000000.0)},
       ),
-      vision_config=_read(VisionConfig, {**tower, **_rope(tower)}),
+      vision_config=_read(
+        VisionConfig,
+        {
+          "in_channels": 3,
+          "initializer_range": 0.02,
+          **tower,
+          **_rope(tower, theta=10000.0),
+        },
+      ),
       image_token_id=raw.get("image_token_id", 151655),
       video_token_id=raw.get("video_token_id", 151656),
       vision_start_token_id=raw.get("vision_start_token_id", 151652),
@@ -153,10 +185,10 @@ class Config:
     }
 
 
-def _rope(raw: dict[str, Any]) -> dict[str, Any]:
+def _rope(raw: dict[str, Any], *, theta: float) -> dict[str, Any]:
   """rope_theta and mrope_section, from either of the forms in use."""
   rope_parameters = {
-    "rope_theta": raw.get("rope_theta", 1000000.0),
+    "rope_theta": raw.get("rope_theta", theta),
     "mrope_section": (16, 24, 24),
     **(raw.get("rope_parameters") or raw.get("rope_scaling") or {}),
   }
@@ -224,8 +256,8 @@ class VisionTower(nnx.Module):
   ) -> Float[Array, "S M D"]:
     config = self.config
     angles = rope.vision_angles(
-      inputs.rows,
-      inputs.cols,
+      jnp.asarray(inputs.rows),
+      jnp.asarray(inputs.cols),
       head_dim=config.head_dim,
       theta=config.rope_theta,
     )
@@ -239,7 +271,7 @@ class VisionTower(nnx.Module):
       mask = segments[:, :, None] == segments[:, None, :]
       return constrain(block(x, angles, mask), "lane", None, None), None
 
-    x = self.patch_embed(inputs.pixel_values.astype(dtype))
+    x = self.patch_embed(jnp.asarray(inputs.pixel_values, dtype))
     x, _ = scan(self.blocks, call, x, jnp.asarray(full), remat=remat)
     return self.merger(x)
 
@@ -251,7 +283,7 @@ class DecoderLayer(nnx.Module):
     norm = functools.partial(
       RMSNorm, config.hidden_size, eps=config.rms_norm_eps, dtype=dtype
     )
-    self.input_layernorm = norm(rngs=rngs)
+    self.input_layernorm = norm()
     self.self_attn = Attention(
       config.hidden_size,
       num_heads=config.num_attention_heads,
@@ -261,7 +293,7 @@ class DecoderLayer(nnx.Module):
       dtype=dtype,
       rngs=rngs,
     )
-    self.post_attention_layernorm = norm(rngs=rngs)
+    self.post_attention_layernorm = norm()
     self.mlp = GatedMLP(
       config.hidden_size,
       config.intermediate_size,
@@ -306,12 +338,13 @@ class Decoder(nnx.Module):
     )
     layer = functools.partial(DecoderLayer, config, dtype=dtype)
     count = config.num_hidden_layers
+    self.layers: Any
     if stacked:
       self.layers = stack(layer, count, rngs=rngs)
     else:
       self.layers = nnx.List([layer(rngs=rngs) for _ in range(count)])
     self.norm = RMSNorm(
-      config.hidden_size, eps=config.rms_norm_eps, dtype=dtype, rngs=rngs
+      config.hidden_size, eps=config.rms_norm_eps, dtype=dtype
     )
 
   def __call__(

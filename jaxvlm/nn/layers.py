@@ -20,27 +20,21 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def param(
-  init: Callable[..., jax.Array],
-  shape: tuple[int, ...],
+  value: jax.Array,
   *,
   axes: tuple[str | None, ...],
   hf_shape: tuple[int, ...],
-  dtype: Any,
-  rngs: nnx.Rngs,
 ) -> nnx.Param:
   """A weight that knows the names of its axes and its shape in HF's files."""
-  assert len(shape) == len(axes), (shape, axes)
-  value = init(rngs.params(), shape, dtype)
+  assert value.ndim == len(axes), (value.shape, axes)
   return nnx.Param(value, axes=axes, hf_shape=hf_shape)
 
 
-def normal(std: float) -> Callable[..., jax.Array]:
-  """Hugging Face's initializer of every Linear, Conv and Embedding."""
-  return jax.nn.initializers.normal(std)
-
-
-zeros = jax.nn.initializers.zeros
-ones = jax.nn.initializers.ones
+def normal(
+  shape: tuple[int, ...], *, std: float, dtype: Any, rngs: nnx.Rngs
+) -> jax.Array:
+  """How transformers draws every Linear, Conv and Embedding."""
+  return std * jax.random.normal(rngs.params(), shape, dtype)
 
 
 class Linear(nnx.Module):
@@ -63,24 +57,18 @@ class Linear(nnx.Module):
     hf_shape: tuple[int, ...] | None = None,  # None: [out, in]
   ):
     self.in_axes = len(in_shape)
-    outputs = math.prod(out_shape)
+    shape, outputs = (*in_shape, *out_shape), math.prod(out_shape)
     self.kernel = param(
-      normal(std),
-      (*in_shape, *out_shape),
+      normal(shape, std=std, dtype=dtype, rngs=rngs),
       axes=axes,
       hf_shape=hf_shape or (outputs, math.prod(in_shape)),
-      dtype=dtype,
-      rngs=rngs,
     )
     self.bias = nnx.data(None)
     if use_bias:
       self.bias = param(
-        zeros,
-        out_shape,
+        jnp.zeros(out_shape, dtype),
         axes=axes[self.in_axes :],
         hf_shape=(outputs,),
-        dtype=dtype,
-        rngs=rngs,
       )
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -98,12 +86,9 @@ class Embed(nnx.Module):
   ):
     shape = (vocab_size, size)
     self.embedding = param(
-      normal(std),
-      shape,
+      normal(shape, std=std, dtype=dtype, rngs=rngs),
       axes=("vocab", "embed"),
       hf_shape=shape,
-      dtype=dtype,
-      rngs=rngs,
     )
 
   def __call__(self, ids: Int[Array, "*B"], dtype: Any) -> Float[Array, "*B D"]:
@@ -114,11 +99,9 @@ class Embed(nnx.Module):
 class RMSNorm(nnx.Module):
   """HF's Qwen2RMSNorm: float32 inside, cast back, THEN times the weight."""
 
-  def __init__(self, size: int, *, eps: float, dtype: Any, rngs: nnx.Rngs):
+  def __init__(self, size: int, *, eps: float, dtype: Any):
     self.eps = eps
-    self.weight = param(
-      ones, (size,), axes=("norm",), hf_shape=(size,), dtype=dtype, rngs=rngs
-    )
+    self.weight = param(jnp.ones(size, dtype), axes=("norm",), hf_shape=(size,))
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     y = x.astype(jnp.float32)

@@ -1,5 +1,7 @@
 """Rotary positions: two axes for patches, three for tokens (M-RoPE)."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -52,7 +54,7 @@ def chunked_axes(mrope_section: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def rotate(
-  x: Float[Array, "*B N H"], angles: Float[Array, "*B F"], *, dtype: type
+  x: Float[Array, "*B N H"], angles: Float[Array, "*B F"], *, dtype: Any
 ) -> Float[Array, "*B N H"]:
   """Turns the pairs (i, i + H / 2) of every head by angle i.
 

@@ -87,9 +87,8 @@ class VisionBlock(nnx.Module):
     dtype: Any,
     rngs: nnx.Rngs,
   ):
-    norm = functools.partial(RMSNorm, size, eps=EPS, dtype=dtype, rngs=rngs)
-    self.norm1 = norm()
-    self.norm2 = norm()
+    self.norm1 = RMSNorm(size, eps=EPS, dtype=dtype)
+    self.norm2 = RMSNorm(size, eps=EPS, dtype=dtype)
     self.attn = VisionAttention(
       size, num_heads=num_heads, std=std, dtype=dtype, rngs=rngs
     )
@@ -135,7 +134,7 @@ class PatchMerger(nnx.Module):
     )
     self.patches = patches
     wide = patches * size
-    self.ln_q = RMSNorm(size, eps=EPS, dtype=dtype, rngs=rngs)
+    self.ln_q = RMSNorm(size, eps=EPS, dtype=dtype)
     self.linear_fc1 = linear((wide,), (wide,), axes=("vision_embed", "mlp"))
     self.linear_fc2 = linear((wide,), (out_size,), axes=("mlp", "embed"))
 
