@@ -259,7 +259,13 @@ class Model(nnx.Module):
   ):
     text = config.text_config
     self.visual = VisionTower(config.vision_config, dtype=dtype, rngs=rngs)
-    self.language_model = Decoder(text, stacked=stacked, dtype=dtype, rngs=rngs)
+    self.language_model = Decoder(
+      text,
+      axis_of=rope.chunked_axes(text.mrope_section),
+      stacked=stacked,
+      dtype=dtype,
+      rngs=rngs,
+    )
     if not config.tie_word_embeddings:
       self.lm_head = Linear(
         (text.hidden_size,),
