@@ -1,0 +1,424 @@
+"""Checkpoints that survive kills, full disks and bit rot; and their workdir.
+
+Each is written aside and renamed when it is whole (Orbax), so what a kill
+leaves half-written is never taken for a checkpoint.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+_ITEMS = ("state", "loader", "progress")
+# What Orbax and tensorstore raise where a file cannot be written.
+_FAILURES = (OSError, ValueError, RuntimeError)
+
+Like = Callable[[dict[str, Any]], Any]
+
+_log = logging.getLogger(__name__)
+
+
+Like = Callable[[dict[str, Any]], Any]
+
+
+class Restored(NamedTuple):
+  """A checkpoint as it was saved."""
+
+  step: int
+  state: Any
+  loader: dict[str, Any]
+  progress: dict[str, Any]
+
+
+class Checkpointer:
+  """Saves the state of a run as it goes on, keeping the last and the best."""
+
+  def __init__(
+    self, directory: str | os.PathLike[str], *, keep_last: int, keep_best: int
+  ):
+    """Opens a directory, and makes it where it is missing.
+
+    Args:
+      directory: of this run's checkpoints alone.
+      keep_last: newest checkpoints that are kept.
+      keep_best: checkpoints with the highest scores that are kept besides.
+
+    Raises:
+      ValueError: nothing would be kept.
+    """
+    if keep_last < 1 or keep_best < 0:
+      raise ValueError(
+        f"checkpoint: keep_last={keep_last}, keep_best={keep_best}; at least "
+        "the last one is kept."
+      )
+    self._directory = pathlib.Path(directory).resolve()
+    self._scores: dict[int, float | None] = {}
+    self._broken = False
+    self._step = -1  # that is being written
+    self._score: float | None = None
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=_LastAndBest(keep_last, keep_best, self._scores),
+      async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+      cleanup_tmp_directories=True,
+    )
+    self._manager = ocp.CheckpointManager(
+      self._directory, item_names=_ITEMS, options=options
+    )
+    for step in self._manager.all_steps():
+      with contextlib.suppress(ValueError):  # found again by restore
+        self._scores[step] = self._read_seal(step)["score"]
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    *,
+    loader: dict[str, Any],
+    progress: dict[str, Any],
+    score: float | None,
+  ) -> None:
+    """Copies the state to the host and writes it in the background.
+
+    The arrays may be donated as soon as this returns.
+
+    Args:
+      step: of the run, larger than that of every checkpoint before.
+      state: pytree of arrays, sharded or not.
+      loader: the position in the data, of JSON's types.
+      progress: what else the run goes on from, of JSON's types.
+      score: what keep_best goes by; None: not measured.
+
+    Raises:
+      OSError: this checkpoint, or the one before, cannot be written.
+      ValueError: the step is not larger than the last.
+    """
+    last = self._manager.latest_step()
+    if last is not None and step <= last:
+      raise ValueError(f"checkpoint: step {step} comes after step {last}.")
+    items = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      loader=ocp.args.JsonSave(json.loads(json.dumps(loader))),
+      progress=ocp.args.JsonSave(json.loads(json.dumps(progress))),
+    )
+    with self._reported():
+      self._manager.wait_until_finished()
+      self._step, self._score = step, score
+      self._scores[step] = score
+      self._manager.save(step, args=items, force=True)
+
+  def restore(self, like: Like) -> Restored | None:
+    """The newest checkpoint that can be read; None: there is none at all.
+
+    One that cannot be read is named in a warning and, once an older one was
+    read in its stead, moved into "unreadable", so that the run can save that
+    step again.
+
+    Args:
+      like: given the saved progress, a pytree of arrays or ShapeDtypeStructs
+        (with shardings) that says what shape, dtype and place the arrays are
+        to have.
+
+    Raises:
+      ValueError: there are checkpoints, and none can be read.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    return self._first_readable(steps, like, self._set_aside)
+
+  def restore_best(self, like: Like) -> Restored | None:
+    """The checkpoint with the highest score, the newer of equals.
+
+    Args:
+      like: as for `restore`.
+
+    Returns:
+      The checkpoint; None: none has a score.
+
+    Raises:
+      ValueError: there are such checkpoints, and none can be read.
+    """
+    self.wait()
+    ranks = [
+      (score, step)
+      for step in self._manager.all_steps()
+      if (score := self._scores.get(step)) is not None
+    ]
+    steps = [step for _, step in sorted(ranks, reverse=True)]
+    return self._first_readable(steps, like, lambda unreadable: None)
+
+  def wait(self) -> None:
+    """Returns when all is written.
+
+    Raises:
+      OSError: a checkpoint cannot be written.
+    """
+    with self._reported():
+      self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and ends the background threads; reports no failure twice."""
+    try:
+      if not self._broken:
+        self.wait()
+    finally:
+      with contextlib.suppress(*_FAILURES):
+        self._manager.close()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    self.close()
+
+  def _first_readable(
+    self, steps: list[int], like: Like, after: Callable[[list[int]], None]
+  ) -> Restored | None:
+    unreadable: list[int] = []
+    reasons = []
+    for step in steps:
+      try:
+        self._verify(step)
+      except ValueError as error:
+        _log.warning("The checkpoint of step %d is unreadable: %s", step, error)
+        unreadable.append(step)
+        reasons.append(f"step {step}: {error}")
+        continue
+      found = self._read(step, like)
+      if unreadable:
+        _log.warning("Going on from the checkpoint of step %d.", step)
+        after(unreadable)
+      return found
+    if reasons:
+      raise ValueError(
+        f"{self._directory}: no checkpoint can be read. To begin anew, use "
+        "another workdir.\n  " + "\n  ".join(reasons)
+      )
+    return None
+
+  def _read(self, step: int, like: Like) -> Restored:
+    position = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        loader=ocp.args.JsonRestore(), progress=ocp.args.JsonRestore()
+      ),
+    )
+    state = ocp.args.StandardRestore(_abstract(like(position.progress)))
+    try:
+      items = self._manager.restore(step, args=ocp.args.Composite(state=state))
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"{self._directory}: the checkpoint of step {step} is whole, but "
+        f"holds another model or optimizer: {error}"
+      ) from error
+    return Restored(step, items.state, position.loader, position.progress)
+
+  def _seal(self) -> None:
+    """Writes down, just before the rename, what the checkpoint consists of."""
+    if jax.process_index() == 0:
+      (aside,) = self._directory.glob(f"{self._step}.*tmp*")
+      files = [
+        str(path.relative_to(aside))
+        for item in _ITEMS
+        for path in sorted((aside / item).rglob("*"))
+        if path.is_file()
+      ]
+      seal = {"score": self._score, "files": _digests(aside, files)}
+      (aside / "seal.json").write_text(json.dumps(seal, indent=1))
+
+  def _read_seal(self, step: int) -> dict[str, Any]:
+    path = self._directory / str(step) / "seal.json"
+    try:
+      return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+      raise ValueError(f"{path.name} is missing or damaged") from error
+
+  def _verify(self, step: int) -> None:
+    files = self._read_seal(step)["files"]
+    home = self._directory / str(step)
+    for name in files:
+      if not (home / name).is_file():
+        raise ValueError(f"{name} is missing")
+    found = _digests(home, list(files))
+    for name, digest in files.items():
+      if found[name] != digest:
+        raise ValueError(f"{name} is damaged")
+
+  def _set_aside(self, steps: list[int]) -> None:
+    if jax.process_index() == 0:
+      home = self._directory / "unreadable"
+      home.mkdir(exist_ok=True)
+      for step in steps:
+        taken = len(list(home.glob(f"{step}*")))
+        (self._directory / str(step)).rename(home / f"{step}.{taken}")
+    ocp.multihost.sync_global_processes("jaxvlm:unreadable")
+    self._manager.reload()
+
+  @contextlib.contextmanager
+  def _reported(self) -> Iterator[None]:
+    try:
+      yield
+    except _FAILURES as error:
+      self._broken = True
+      whole = _whole(self._directory)
+      raise OSError(
+        f"{self._directory}: a checkpoint cannot be written ({error}). "
+        + (f"That of step {whole[-1]} is whole. " if whole else "")
+        + "Make room, then run the same command again."
+      ) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _LastAndBest(checkpoint_managers.PreservationPolicy):
+  """Neither of the two drops what the other keeps."""
+
+  last: int
+  best: int
+  scores: dict[int, float | None]
+
+  def should_preserve(
+    self,
+    checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+    *,
+    context: checkpoint_managers.PreservationContext,
+  ) -> Sequence[bool]:
+    """Which of the checkpoints, oldest first, stay."""
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    ranks = [
+      (score, step)
+      for step in steps
+      if (score := self.scores.get(step)) is not None
+    ]
+    best = [step for _, step in sorted(ranks, reverse=True)[: self.best]]
+    return [step in best or step in steps[-self.last :] for step in steps]
+
+
+def save_params(path: str | os.PathLike[str], params: Any) -> None:
+  """Writes one pytree of arrays, in place of what was there.
+
+  It is written aside and renamed: what is found at `path` is whole.
+
+  Raises:
+    OSError: it cannot be written.
+  """
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(pathlib.Path(path).resolve(), params, force=True)
+  except _FAILURES as error:
+    raise OSError(f"{path}: cannot be written ({error}).") from error
+
+
+def load_params(path: str | os.PathLike[str], like: Any) -> Any:
+  """Reads what `save_params` wrote.
+
+  Args:
+    path: the directory.
+    like: pytree of arrays or ShapeDtypeStructs with the shape, dtype and
+      sharding of each array.
+
+  Raises:
+    ValueError: it is missing or cannot be read as `like`.
+  """
+  path = pathlib.Path(path).resolve()
+  if not path.is_dir():
+    raise ValueError(f"{path}: no such saved parameters.")
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(path, _abstract(like))
+  except Exception as error:  # Orbax raises Exception itself
+    raise ValueError(f"{path}: cannot be read ({error}).") from error
+
+
+@contextlib.contextmanager
+def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
+  """Keeps a workdir for this run; a killed run's lock is free at once.
+
+  Raises:
+    ValueError: another process has it.
+  """
+  if jax.process_index() > 0:  # the run's first process holds it for all
+    yield
+    return
+  path = pathlib.Path(workdir)
+  path.mkdir(parents=True, exist_ok=True)
+  with open(path / "lock", "a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise ValueError(
+        f"{path}: process {file.read().strip() or '?'} is running there. "
+        "Wait for it or end it, or use another workdir."
+      ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    yield
+
+
+def check_config(
+  workdir: str | os.PathLike[str], config: dict[str, Any]
+) -> None:
+  """Writes config.json into a new workdir; compares it in an old one.
+
+  Raises:
+    ValueError: the config differs from that the workdir was made with; lists
+      the fields, old -> new.
+  """
+  path = pathlib.Path(workdir) / "config.json"
+  new = json.loads(json.dumps(config))
+  if not path.exists():
+    if jax.process_index() == 0:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      aside = path.with_suffix(".tmp")
+      aside.write_text(json.dumps(new, indent=2) + "\n")
+      aside.rename(path)
+    return
+  before, after = _flat(json.loads(path.read_text())), _flat(new)
+  changed = [
+    f"  {field}: {before.get(field, 'absent')} -> {after.get(field, 'absent')}"
+    for field in sorted(before.keys() | after.keys())
+    if before.get(field) != after.get(field)
+  ]
+  if changed:
+    raise ValueError(
+      f"{path.parent}: was made with another config. Use another workdir, or "
+      "the old values of\n" + "\n".join(changed)
+    )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+  if not isinstance(value, dict) or not value:
+    return {prefix: json.dumps(value)}
+  fields: dict[str, str] = {}
+  for key, inner in value.items():
+    fields |= _flat(inner, f"{prefix}.{key}" if prefix else key)
+  return fields
+
+
+def _digests(home: pathlib.Path, names: list[str]) -> dict[str, str]:
+  def digest(name: str) -> str:
+    with open(home / name, "rb") as file:
+      return hashlib.file_digest(file, "blake2b").hexdigest()
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _abstract(like: Any) -> Any:
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+
+
+def _whole(directory: pathlib.Path) -> list[int]:
+  names = [path.name for path in directory.iterdir()]
+  return sorted(int(name) for name in names if name.isdigit())
