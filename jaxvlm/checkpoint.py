@@ -24,11 +24,10 @@ _ITEMS = ("state", "loader", "progress")
 # What Orbax and tensorstore raise where a file cannot be written.
 _FAILURES = (OSError, ValueError, RuntimeError)
 
-Like = Callable[[dict[str, Any]], Any]
-
 _log = logging.getLogger(__name__)
 
-
+# What a saved state looks like, given the progress saved beside it: a pytree
+# of arrays or ShapeDtypeStructs with shape, dtype and sharding.
 Like = Callable[[dict[str, Any]], Any]
 
 
@@ -62,6 +61,7 @@ class Checkpointer:
         f"checkpoint: keep_last={keep_last}, keep_best={keep_best}; at least "
         "the last one is kept."
       )
+    _hush()
     self._directory = pathlib.Path(directory).resolve()
     self._scores: dict[int, float | None] = {}
     self._broken = False
@@ -125,13 +125,13 @@ class Checkpointer:
     step again.
 
     Args:
-      like: given the saved progress, a pytree of arrays or ShapeDtypeStructs
-        (with shardings) that says what shape, dtype and place the arrays are
-        to have.
+      like: what the state is to look like.
 
     Raises:
-      ValueError: there are checkpoints, and none can be read.
+      ValueError: there are checkpoints, and none can be read; or the newest
+        is whole, and of another model or optimizer.
     """
+    self.wait()
     steps = sorted(self._manager.all_steps(), reverse=True)
     return self._first_readable(steps, like, self._set_aside)
 
@@ -218,7 +218,7 @@ class Checkpointer:
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(
         f"{self._directory}: the checkpoint of step {step} is whole, but "
-        f"holds another model or optimizer: {error}"
+        f"holds another model or optimizer: {_first_line(error)}"
       ) from error
     return Restored(step, items.state, position.loader, position.progress)
 
@@ -271,7 +271,8 @@ class Checkpointer:
       self._broken = True
       whole = _whole(self._directory)
       raise OSError(
-        f"{self._directory}: a checkpoint cannot be written ({error}). "
+        f"{self._directory}: a checkpoint cannot be written "
+        f"({_first_line(error)}). "
         + (f"That of step {whole[-1]} is whole. " if whole else "")
         + "Make room, then run the same command again."
       ) from error
@@ -311,11 +312,14 @@ def save_params(path: str | os.PathLike[str], params: Any) -> None:
   Raises:
     OSError: it cannot be written.
   """
+  _hush()
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(pathlib.Path(path).resolve(), params, force=True)
   except _FAILURES as error:
-    raise OSError(f"{path}: cannot be written ({error}).") from error
+    raise OSError(
+      f"{path}: cannot be written ({_first_line(error)})."
+    ) from error
 
 
 def load_params(path: str | os.PathLike[str], like: Any) -> Any:
@@ -336,7 +340,9 @@ def load_params(path: str | os.PathLike[str], like: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(path, _abstract(like))
   except Exception as error:  # Orbax raises Exception itself
-    raise ValueError(f"{path}: cannot be read ({error}).") from error
+    raise ValueError(
+      f"{path}: cannot be read ({_first_line(error)})."
+    ) from error
 
 
 @contextlib.contextmanager
@@ -406,6 +412,15 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
   return fields
 
 
+def _hush() -> None:
+  logging.getLogger("absl").addFilter(_not_of_orbax)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+  # A failure is raised here; Orbax logs it besides, a thousand lines long.
+  return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
 def _digests(home: pathlib.Path, names: list[str]) -> dict[str, str]:
   def digest(name: str) -> str:
     with open(home / name, "rb") as file:
@@ -413,6 +428,10 @@ def _digests(home: pathlib.Path, names: list[str]) -> dict[str, str]:
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).strip().partition("\n")[0]
 
 
 def _abstract(like: Any) -> Any:
