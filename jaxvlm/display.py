@@ -57,7 +57,7 @@ class Display:
   """
 
   def __init__(self, console: Console) -> None:
-    self._console = console
+    self.console = console
     self._live = console.is_terminal
     self._bars = _Bars(
       TextColumn("{task.description:<20}", markup=False),
@@ -82,7 +82,7 @@ class Display:
 
   def print(self, *renderables: RenderableType) -> None:
     """Prints above the bars."""
-    self._console.print(*renderables)
+    self.console.print(*renderables)
 
   @contextlib.contextmanager
   def stage(self, name: str, *, steps: int, done: int) -> Iterator[None]:
@@ -149,7 +149,7 @@ class Display:
     ]
     if not task.finished and task.time_remaining is not None:
       words.append(f"{_clock(task.time_remaining)} left")
-    self._console.print("  ".join(words), soft_wrap=True, markup=False)
+    self.console.print("  ".join(words), soft_wrap=True, markup=False)
 
 
 class _Bars(Progress):

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -119,19 +120,46 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape))
 
 
-def to_global(mesh: Mesh, tree: Any, axes: Any) -> Any:
-  """Host arrays of this process -> global arrays.
+def place(mesh: Mesh, batch: Any, lead: tuple[str | None, ...] = ()) -> Any:
+  """This host's arrays of a record -> global arrays, split over questions.
 
   Args:
     mesh: the mesh.
-    tree: pytree of numpy arrays, each with this host's own questions.
-    axes: pytree prefix whose leaves are tuples of logical axes.
+    batch: Prompts, Tree or Experience of numpy arrays.
+    lead: logical axes that stand before those of the record's annotation.
   """
 
-  def place(axes: tuple[str | None, ...], x: np.ndarray) -> jax.Array:
-    names = NamedSharding(mesh, spec(axes))
-    return jax.make_array_from_process_local_data(names, np.asarray(x))
+  def one(path: tuple[Any, ...], x: Any) -> jax.Array:
+    names = {key.name for key in path if hasattr(key, "name")}
+    rows = "lane" if "vision" in names else "question"
+    axes = (None, rows) if "position_ids" in names else (rows,)
+    placed = NamedSharding(mesh, spec((*lead, *axes)))
+    return jax.make_array_from_process_local_data(placed, np.asarray(x))
 
-  return jax.tree.map(
-    place, axes, tree, is_leaf=lambda x: isinstance(x, tuple)
-  )
+  return jax.tree_util.tree_map_with_path(one, batch)
+
+
+def agree_max(values: Any) -> np.ndarray:
+  """Elementwise maximum over hosts, so that all compile the same shapes."""
+  values = np.asarray(values)
+  if jax.process_count() == 1:
+    return values
+  return np.asarray(multihost_utils.process_allgather(values)).max(0)
+
+
+def sum_over_hosts(values: Any) -> np.ndarray:
+  """Elementwise sum over hosts."""
+  values = np.asarray(values)
+  if jax.process_count() == 1:
+    return values
+  return np.asarray(multihost_utils.process_allgather(values)).sum(0)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+  """This host's rows of a global array whose first axis is split over hosts."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  rows = {
+    shard.index[0].start or 0: shard.data for shard in x.addressable_shards
+  }
+  return np.concatenate([np.asarray(rows[start]) for start in sorted(rows)])

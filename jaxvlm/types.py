@@ -9,13 +9,19 @@ same. Host-only records (`Example`, `Question`, `Scores`) are not pytrees.
 """
 
 import dataclasses
-from typing import Any
+import typing
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-Array = jax.Array | np.ndarray
+T = TypeVar("T")
+
+if typing.TYPE_CHECKING:
+  Array = Any  # of the host or of the device: where a record is, it knows
+else:
+  Array = jax.Array | np.ndarray
 Params = dict[str, Any]  # nested, arrays at the leaves
 
 Picture = str | bytes | np.ndarray  # a path, an encoded file, or uint8 [H W 3]
@@ -46,11 +52,12 @@ class Question:
   response_ids: np.ndarray | None = None  # int32 [C] through EOS; None: no SFT
 
 
-def record(cls: type) -> type:
+@typing.dataclass_transform(kw_only_default=True, frozen_default=True)
+def record(cls: type[T]) -> type[T]:
   """Makes a frozen, keyword-only dataclass that is a pytree of its fields."""
-  cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-  names = [field.name for field in dataclasses.fields(cls)]
-  return jax.tree_util.register_dataclass(cls, names, [])
+  made: Any = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+  names = [field.name for field in dataclasses.fields(made)]
+  return jax.tree_util.register_dataclass(made, names, [])
 
 
 @record

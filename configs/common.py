@@ -1,0 +1,113 @@
+"""What every arm shares: the fields of a config, and the paper's settings."""
+
+from ml_collections import ConfigDict
+
+
+def base(**overrides: object) -> ConfigDict:
+  """A run without stages; `overrides` are top-level fields."""
+  config = ConfigDict(
+    {
+      "seed": 0,
+      "workdir": "runs/jaxvlm",
+      # Devices along each mesh axis; -1 takes what the others leave.
+      "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+      "model": {
+        # A Hugging Face directory; "": make one as `scratch` says.
+        "checkpoint": "",
+        "scratch": None,
+        "dtype": "float32",  # of activations
+        "param_dtype": "float32",  # of weights
+        "remat": "none",  # none | full: recompute layers in the backward pass
+      },
+      "inputs": {
+        "max_prompt_length": 2048,  # tokens; longer rows are dropped, counted
+        # Pixels of a picture after resizing; None: as the checkpoint says.
+        "min_pixels": None,
+        "max_pixels": None,
+        "prompt_suffix": "",  # ends every user turn
+        "system_prompt": None,  # None: as the chat template has it
+      },
+      "rewards": {"num_workers": 2, "timeout": 10.0},  # processes, seconds
+      "limits": {
+        "skipped_updates": 5,  # updates with a non-finite gradient, in a stage
+        "failed_groups": 100,  # groups whose reward failed, in a stage
+      },
+      "checkpoint": {"every": 20, "keep_last": 2, "keep_best": 1},
+      "log": {
+        "samples_every": 10,  # steps; 0: none
+        "samples": 4,
+        "tensorboard": True,
+        "wandb_project": None,
+      },
+      "evaluation": {
+        "every": 0,  # steps within a stage; 0: at its end alone
+        "capabilities": (),  # names of sets, in the order of the table
+        "sets": {},
+        "batch_questions": 64,
+        "num_completions": 8,
+        "max_completion_length": 2048,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+      },
+      # Order is here alone: a config's fields are sorted by name.
+      "schedule": (),
+      "stages": {},
+    }
+  )
+  config.update(overrides)
+  return config
+
+
+def stage(**overrides: object) -> ConfigDict:
+  """A GRPO stage with the settings of the paper (EasyR1's), by name `easyr1`.
+
+  512 questions a step x 5 completions at temperature 1, four updates of 128
+  groups, learning rate 1e-6 without warm-up, weight decay 1e-2, gradient norm
+  1, clip 0.2 | 0.3 | dual 3, k3 to the stage's start with coefficient 1e-2,
+  token mean over the update.
+  """
+  config = ConfigDict(
+    {
+      "kind": "grpo",
+      "data": {},
+      "shuffle": True,
+      "rewards": (),
+      "steps": 100,
+      "rollout_questions": 512,
+      "update_questions": 512,
+      "updates_per_rollout": 4,
+      "microbatches": 8,
+      "num_completions": 5,
+      "max_completion_length": 2048,
+      "temperature": 1.0,
+      "advantage_eps": 1e-6,
+      "clip_low": 0.2,
+      "clip_high": 0.3,
+      "clip_dual": 3.0,
+      "kl_coef": 1e-2,
+      "kl_limit": 20.0,
+      "reference": "stage_start",  # stage_start | base | none
+      "freeze": (),  # of vision_tower, merger, decoder
+      "optimizer": {
+        "name": "adamw",
+        "b1": 0.9,
+        "b2": 0.999,
+        "weight_decay": 1e-2,
+        "clip_norm": 1.0,
+      },
+      "reset_optimizer": True,
+      "learning_rate": 1e-6,
+      "lr_schedule": "constant",  # constant | linear | cosine
+      "lr_warmup": 0,
+      "lr_final": 0.0,
+      "promote": "latest",  # latest | best
+      "metric": "",  # held-out metric that ranks checkpoints; "": none
+      "logprob_chunk": 256,
+    }
+  )
+  config.update(overrides)
+  return config
+
+
+easyr1 = stage

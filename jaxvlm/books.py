@@ -1,0 +1,311 @@
+"""What a run writes down: checkpoints, metrics, evaluations, results."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvlm import checkpoint, curves, models, results, sharding
+from jaxvlm.display import Display
+from jaxvlm.evaluate import Evaluator, HeldOut
+from jaxvlm.job import Job
+from jaxvlm.learner import TrainState
+from jaxvlm.metrics import Logger, Sample
+from jaxvlm.rollout.sampler import Sampler
+from jaxvlm.stages import Stage
+from jaxvlm.step import Batch
+from jaxvlm.types import Experience, Params
+
+
+class Stopped(RuntimeError):
+  """A limit of the config ended the run; its last checkpoint is whole."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Progress:
+  """Where a run is; stands in every checkpoint."""
+
+  stage: int = 0  # place in the schedule; its length: finished
+  step: int = 0  # steps done in the stage
+  global_step: int = 0
+  best: float | None = None  # the stage's best held-out score
+  skipped_updates: int = 0  # in the stage
+  failed_groups: int = 0  # in the stage
+  seconds: float = 0.0  # of all processes, up to this checkpoint
+  ledgers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+
+  def next_stage(self) -> None:
+    self.stage, self.step, self.best = self.stage + 1, 0, None
+    self.skipped_updates = self.failed_groups = 0
+
+
+class Books:
+  """Keeps a run's records, so that it can be read and taken up again."""
+
+  def __init__(self, job: Job, display: Display, sampler: Sampler):
+    self._job = job
+    self._display = display
+    self._sampler = sampler
+    self._stack = contextlib.ExitStack()
+    self._checkpoints = checkpoint.Checkpointer(
+      job.workdir / "checkpoints",
+      keep_last=job.config["checkpoint"]["keep_last"],
+      keep_best=job.config["checkpoint"]["keep_best"],
+    )
+    self._stack.callback(self._checkpoints.close)
+    self._clock = time.monotonic()
+    self._evaluator: Evaluator | None = None
+    self._score: float | None = None
+
+  def __enter__(self) -> "Books":
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    self._stack.close()
+
+  # -- taking up -------------------------------------------------------------
+
+  def restore(self) -> tuple[TrainState | None, Progress, dict[str, Any]]:
+    """State, progress and loader position of the newest good checkpoint."""
+    saved = self._checkpoints.restore(self._like)
+    if saved is None:
+      progress, position, state = Progress(), {}, None
+    else:
+      state, position = saved.state, saved.loader
+      progress = Progress(**saved.progress)
+    log = self._job.config["log"]
+    self._logger = Logger(
+      self._job.workdir,
+      resume_step=progress.global_step if saved else -1,
+      tensorboard=log["tensorboard"],
+      wandb_project=log["wandb_project"],
+      primary=self._job.primary,
+      show=self._display.show,
+    )
+    self._stack.callback(self._logger.close)
+    self._clock = time.monotonic() - progress.seconds
+    return state, progress, position
+
+  def _like(self, progress: Mapping[str, Any]) -> TrainState:
+    """Shapes and places of the state saved at this progress."""
+    job = self._job
+    stage = job.schedule[min(progress["stage"], len(job.schedule) - 1)]
+    return job.make_learner(stage).abstract(abstract_params(job))
+
+  def finished(self, progress: Progress) -> bool:
+    """Whether nothing is left to do, the export included."""
+    done = progress.stage == len(self._job.schedule)
+    return done and self._export.exists()
+
+  @property
+  def _export(self) -> Any:
+    return self._job.workdir / "hf"
+
+  def reference(
+    self, stage: Stage, params: Params, progress: Progress
+  ) -> Params | None:
+    """Weights that the KL term of a stage refers to; None: no such term."""
+    if not stage.kl_coef or stage.kind == "sft":
+      return None
+    job = self._job
+    if stage.reference == "base":
+      return models.load_params(job.network, job.checkpoint, job.mesh)
+    path = job.workdir / "stage_starts" / stage.name
+    if progress.step:
+      return checkpoint.load_params(path, abstract_params(job))
+    # A copy, for updates reuse the memory of the weights they replace.
+    start = jax.tree.map(jnp.copy, params)
+    checkpoint.save_params(path, start)
+    return start
+
+  # -- writing down ----------------------------------------------------------
+
+  def step(
+    self,
+    stage: Stage,
+    progress: Progress,
+    batch: Batch,
+    metrics: Mapping[str, float],
+    timing: Mapping[str, float],
+  ) -> None:
+    """Records one step, and some of its samples."""
+    place: dict[str, Any] = {
+      "stage": stage.name,
+      "step": progress.step,
+      "global_step": progress.global_step,
+    }
+    self._logger.step(**place, metrics=metrics, timing=timing)
+    log = self._job.config["log"]
+    if (
+      log["samples_every"]
+      and progress.step % log["samples_every"] == 1 % (log["samples_every"])
+    ):
+      self._logger.samples(
+        **place, samples=_samples(self._job, batch, log["samples"])
+      )
+
+  def save(
+    self, state: TrainState, progress: Progress, position: dict[str, Any]
+  ) -> None:
+    """Writes a checkpoint, in the background."""
+    progress.seconds = time.monotonic() - self._clock
+    self._checkpoints.save(
+      progress.global_step,
+      state,
+      loader=position,
+      progress=dataclasses.asdict(progress),
+      score=self._score,
+    )
+    self._score = None
+
+  def evaluate(
+    self, name: str, params: Params, progress: Progress, stage: Stage | None
+  ) -> None:
+    """Scores the policy on held-out data; keeps a stage's best weights."""
+    if not self._job.held_out:
+      return
+    if self._evaluator is None:
+      self._evaluator = self._make_evaluator()
+    started = time.monotonic()
+    with self._display.task(
+      "evaluate", total=self._evaluator.batches()
+    ) as advance:
+      metrics = self._evaluator.run(params, lambda: advance(1))
+    self._logger.evaluation(
+      stage=name,
+      global_step=progress.global_step,
+      metrics=metrics,
+      timing={"seconds": time.monotonic() - started},
+    )
+    if stage is None or not stage.metric:
+      return
+    self._score = metrics[stage.metric]
+    if progress.best is None or self._score > progress.best:
+      progress.best = self._score
+      if stage.promote == "best":
+        path = self._job.workdir / "best" / stage.name
+        checkpoint.save_params(path, params)
+
+  def promoted(self, stage: Stage, params: Params) -> Params:
+    """The weights that the next stage starts from."""
+    if stage.promote == "latest":
+      return params
+    path = self._job.workdir / "best" / stage.name
+    return checkpoint.load_params(path, abstract_params(self._job))
+
+  def check_limits(
+    self, stage: Stage, progress: Progress, experience: Experience
+  ) -> None:
+    """Raises Stopped where too much went wrong, the batch dumped."""
+    limits = self._job.config["limits"]
+    if progress.skipped_updates > limits["skipped_updates"]:
+      file = self._job.workdir / f"not_finite_{progress.global_step}.npz"
+      _dump(file, experience)
+      raise Stopped(
+        f"stage {stage.name}: {progress.skipped_updates} updates had a "
+        f"gradient that is not finite; limits.skipped_updates is "
+        f"{limits['skipped_updates']}. The last batch is in {file}. Look for "
+        "huge ratios or KL there; a smaller learning rate or kl_limit helps."
+      )
+    if progress.failed_groups > limits["failed_groups"]:
+      raise Stopped(
+        f"stage {stage.name}: the rewards of {progress.failed_groups} groups "
+        f"failed; limits.failed_groups is {limits['failed_groups']}. Mend the "
+        "reward named above, or raise rewards.timeout."
+      )
+
+  def finish(self, params: Params, progress: Progress) -> None:
+    """Exports the policy, draws the curves and prints the results."""
+    job = self._job
+    self._checkpoints.wait()
+    if job.primary:
+      curves.draw_curves(job.workdir)
+      results.write_summary(
+        job.workdir,
+        seconds=time.monotonic() - self._clock,
+        stages={
+          stage.name: {"kind": stage.kind, "steps": stage.steps}
+          for stage in job.schedule
+        },
+        ledger=progress.ledgers,
+        dropped=job.dropped,
+      )
+    # Last, for with it the run is finished.
+    models.save_hf(job.network, params, job.checkpoint, self._export)
+    if job.primary:
+      results.print_results(
+        job.workdir,
+        self._display.console,
+        artefacts={"trained model": self._export},
+      )
+
+  def _make_evaluator(self) -> Evaluator:
+    job = self._job
+    knobs = dict(job.config["evaluation"])
+    for name in ("every", "capabilities", "sets"):
+      del knobs[name]
+    scorers: dict[str, Any] = {}
+    for rows in job.held_out:
+      if rows.reward not in scorers:
+        scorers[rows.reward] = self._stack.enter_context(
+          job.make_scorer(((rows.reward, 1.0),))
+        )
+    return Evaluator(
+      [
+        HeldOut(
+          capability=rows.capability,
+          questions=rows.questions,
+          scorer=scorers[rows.reward],
+        )
+        for rows in job.held_out
+      ],
+      sampler=self._sampler,
+      decode=job.processor.decode,
+      seed=job.config["seed"],
+      **knobs,
+    )
+
+
+def abstract_params(job: Job) -> Params:
+  """Shapes, dtypes and shardings of the network's weights."""
+  return jax.tree.map(
+    lambda x, axes: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding.sharding(job.mesh, axes, x.shape)
+    ),
+    job.network.shapes(),
+    job.network.axes(),
+  )
+
+
+def _samples(job: Job, batch: Batch, count: int) -> list[Sample]:
+  """The first completion of the first questions."""
+  rollout, scores = batch.rollout, batch.scores
+  return [
+    Sample(
+      question_id=question.question_id,
+      problem=question.example.problem,
+      answer=question.example.answer,
+      completion=job.processor.decode(
+        rollout.completion_ids[q, 0][rollout.completion_mask[q, 0]]
+      ),
+      reward=float(scores.rewards[q, 0]),
+      parts={name: float(part[q, 0]) for name, part in scores.parts.items()},
+      images=question.example.images,
+    )
+    for q, question in enumerate(batch.questions[:count])
+  ]
+
+
+def _dump(file: Any, experience: Experience) -> None:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(experience)
+  arrays: dict[str, Any] = {
+    jax.tree_util.keystr(path).lstrip("."): np.asarray(x)
+    for path, x in leaves
+    if x.is_fully_addressable
+  }
+  np.savez_compressed(file, **arrays)

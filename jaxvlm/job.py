@@ -1,0 +1,294 @@
+"""From a config to checked parts: all that can be wrong is said here."""
+
+import dataclasses
+import functools
+import inspect
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from jaxvlm import models, sharding
+from jaxvlm.data import loader
+from jaxvlm.data.loader import Loader, Source
+from jaxvlm.data.processor import Processor
+from jaxvlm.display import Display
+from jaxvlm.find import find
+from jaxvlm.learner import Learner
+from jaxvlm.models import Network
+from jaxvlm.rollout.sampler import Sampler
+from jaxvlm.scoring import Scorer
+from jaxvlm.stages import Stage
+from jaxvlm.types import Question
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutRows:
+  """One capability's held-out rows and the reward that says what is right."""
+
+  capability: str
+  questions: Sequence[Question]
+  reward: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """A run, ready to start."""
+
+  config: Mapping[str, Any]  # plain; unpacked here but for a few numbers
+  workdir: pathlib.Path
+  checkpoint: pathlib.Path  # HF directory that the run starts from
+  schedule: tuple[Stage, ...]
+  mesh: Mesh
+  network: Network
+  processor: Processor
+  banned: np.ndarray  # bool [V]
+  sources: Mapping[str, Mapping[str, Source]]  # by stage, then name
+  held_out: Sequence[HeldOutRows]
+  dropped: Mapping[str, Mapping[str, int]]  # rows by source, then reason
+
+  @property
+  def primary(self) -> bool:
+    """Whether this host writes what all hosts know."""
+    return jax.process_index() == 0
+
+  @property
+  def lanes(self) -> int:
+    """Vision lanes of this host."""
+    return sharding.data_shards(self.mesh) // jax.process_count()
+
+  @functools.cached_property
+  def matrix_sizes(self) -> tuple[int, int]:
+    """Weights that multiply each token of the decoder, each patch of the tower."""
+    sizes = {"decoder": 0, "tower": 0}
+    shapes = traverse_util.flatten_dict(self.network.shapes())
+    for path, shape in shapes.items():
+      if (
+        path[-1] == "embedding" and not self.network.config.tie_word_embeddings
+      ):
+        continue  # a look-up, where there is a head beside it
+      part = self.network.part_of(path)
+      sizes["decoder" if part == "decoder" else "tower"] += shape.size
+    return sizes["decoder"], sizes["tower"]
+
+  def make_sampler(self) -> Sampler:
+    return Sampler(
+      network=self.network,
+      mesh=self.mesh,
+      eos_ids=self.processor.eos_ids,
+      pad_id=self.processor.pad_id,
+      banned=self.banned,
+      layout=self.processor.layout,
+    )
+
+  def make_learner(self, stage: Stage) -> Learner:
+    return Learner(
+      network=self.network,
+      mesh=self.mesh,
+      banned=self.banned,
+      frozen=stage.freeze,
+      optimizer=stage.make_optimizer(),
+      objective=stage.make_objective(),
+    )
+
+  def make_loader(self, index: int) -> Loader:
+    """The stream of questions of the stage at this place of the schedule."""
+    stage = self.schedule[index]
+    return Loader(
+      self.sources[stage.name],
+      self.processor,
+      batch_size=stage.rollout_questions,
+      seed=self.config["seed"] + index,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      shuffle=stage.shuffle,
+    )
+
+  def make_scorer(self, rewards: tuple[tuple[str, float], ...]) -> Scorer:
+    return Scorer(rewards=rewards, **self.config["rewards"])
+
+
+def prepare(
+  config: Mapping[str, Any], workdir: pathlib.Path, display: Display
+) -> Job:
+  """Reads and checks everything before any compute is spent.
+
+  Raises:
+    ValueError: what is wrong in config, data or checkpoint, and the remedy.
+  """
+  schedule = _schedule(config)
+  mesh = sharding.make_mesh(**config["mesh"])
+  for stage in schedule:
+    stage.check_shards(sharding.data_shards(mesh))
+  _check_evaluation(config, schedule, sharding.data_shards(mesh))
+
+  checkpoint = _checkpoint(config["model"], config["seed"], workdir, display)
+  network = models.load_network(
+    checkpoint,
+    dtype=config["model"]["dtype"],
+    param_dtype=config["model"]["param_dtype"],
+    remat=config["model"]["remat"],
+  )
+  inputs = dict(config["inputs"])
+  longest = inputs.pop("max_prompt_length")
+  processor = Processor.from_directory(checkpoint, **inputs)
+
+  open_source = _Opener(processor, longest, display)
+  sources = {
+    stage.name: {
+      name: open_source(
+        f"stages.{stage.name}.data.{name}",
+        entry,
+        stage.max_completion_length if stage.kind == "sft" else None,
+      )
+      for name, entry in stage.data.items()
+    }
+    for stage in schedule
+  }
+  held_out = []
+  for capability in config["evaluation"]["capabilities"]:
+    entry = config["evaluation"]["sets"][capability]
+    field = f"evaluation.sets.{capability}.data"
+    rows = open_source(field, entry["data"], None)
+    held_out.append(
+      HeldOutRows(
+        capability=capability,
+        questions=loader.questions(rows.examples, processor, rows.kept),
+        reward=entry["reward"],
+      )
+    )
+  return Job(
+    config=config,
+    workdir=workdir,
+    checkpoint=checkpoint,
+    schedule=schedule,
+    mesh=mesh,
+    network=network,
+    processor=processor,
+    banned=processor.banned_ids(network.config.vocab_size),
+    sources=sources,
+    held_out=held_out,
+    dropped=open_source.dropped,
+  )
+
+
+def _schedule(config: Mapping[str, Any]) -> tuple[Stage, ...]:
+  """The stages in order; names, sizes, rewards and hand-offs checked."""
+  names = config["schedule"]
+  if isinstance(names, str) or not names:
+    raise ValueError(
+      f"schedule: got {names!r}; expected a tuple of stage names, of "
+      f"{', '.join(config['stages'])}."
+    )
+  unknown = [name for name in names if name not in config["stages"]]
+  if unknown:
+    raise ValueError(
+      f"schedule: no stage {unknown[0]!r}; there are "
+      f"{', '.join(config['stages'])}."
+    )
+  if len(set(names)) < len(names):
+    raise ValueError(f"schedule: {names} names a stage twice; copy it.")
+  stages = tuple(Stage(name=name, **config["stages"][name]) for name in names)
+  for before, stage in zip((None, *stages), stages, strict=False):
+    for reward, _ in stage.rewards:
+      find("rewards", reward, "reward")
+    if stage.reset_optimizer or before is None:
+      continue
+    if (before.optimizer, before.freeze) != (stage.optimizer, stage.freeze):
+      raise ValueError(
+        f"stages.{stage.name}.reset_optimizer: got False, but optimizer or "
+        f"freeze differ from those of {before.name}; make them equal or reset."
+      )
+  return stages
+
+
+def _check_evaluation(
+  config: Mapping[str, Any], schedule: Sequence[Stage], shards: int
+) -> None:
+  evaluation = config["evaluation"]
+  if evaluation["batch_questions"] % shards:
+    raise ValueError(
+      f"evaluation.batch_questions: got {evaluation['batch_questions']}; "
+      f"expected a multiple of the {shards} data shards."
+    )
+  for name in evaluation["capabilities"]:
+    if name not in evaluation["sets"]:
+      raise ValueError(
+        f"evaluation.capabilities: no set {name!r}; there are "
+        f"{', '.join(evaluation['sets'])}."
+      )
+    find("rewards", evaluation["sets"][name]["reward"], "reward")
+  for stage in schedule:
+    if stage.promote == "latest":
+      continue
+    capability = stage.metric.partition("/")[0]
+    if not evaluation["every"] or capability not in evaluation["capabilities"]:
+      raise ValueError(
+        f"stages.{stage.name}.promote: best needs evaluation.every > 0 and a "
+        f"metric of one of {evaluation['capabilities']}, as "
+        f"'capability/mean@{evaluation['num_completions']}'; got every = "
+        f"{evaluation['every']}, metric = {stage.metric!r}."
+      )
+
+
+def _checkpoint(
+  model: Mapping[str, Any], seed: int, workdir: pathlib.Path, display: Display
+) -> pathlib.Path:
+  """The HF directory to start from; made first where the config says so."""
+  if model["checkpoint"]:
+    return pathlib.Path(model["checkpoint"]).expanduser()
+  if not model["scratch"]:
+    raise ValueError(
+      "model.checkpoint: got ''; expected a Hugging Face directory of a "
+      "Qwen2.5-VL model (config.json, *.safetensors, tokenizer)."
+    )
+  directory = workdir / "scratch"
+  if not directory.exists() and jax.process_index() == 0:
+    with display.task("make a checkpoint", total=None):
+      from jaxvlm import scratch
+
+      scratch.make_checkpoint(directory, seed=seed, **model["scratch"])
+  return directory
+
+
+@dataclasses.dataclass
+class _Opener:
+  """Opens sources, inspects their rows and counts what is dropped."""
+
+  processor: Processor
+  longest: int
+  display: Display
+  dropped: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+
+  def __call__(
+    self, field: str, entry: Mapping[str, Any], longest_response: int | None
+  ) -> Source:
+    arguments = dict(entry)
+    try:
+      weight, name = arguments.pop("weight"), arguments.pop("source")
+    except KeyError as error:
+      raise ValueError(f"{field}: has no {error}.") from error
+    source = find("data.sources", name, "source")
+    try:
+      inspect.signature(source).bind(**arguments)
+    except TypeError as error:
+      raise ValueError(f"{field}: source {name!r}: {error}.") from error
+    examples = source(**arguments)
+    with self.display.task(f"read {field}", total=len(examples)) as advance:
+      found = loader.inspect(
+        examples,
+        self.processor,
+        name=field,
+        max_prompt_length=self.longest,
+        max_response_length=longest_response,
+        progress=lambda done, total: advance(1),
+      )
+    if found.dropped:
+      self.dropped[field] = found.dropped
+      counts = ", ".join(f"{n} {why}" for why, n in found.dropped.items())
+      self.display.print(f"{field}: dropped {counts}; {len(found.kept)} stay.")
+    return Source(weight, examples, found.kept)

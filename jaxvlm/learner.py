@@ -1,0 +1,343 @@
+"""Train state, the jitted update over microbatches, and logprobs of a tree."""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxvlm import sharding
+from jaxvlm.models import Network
+from jaxvlm.rl import losses
+from jaxvlm.rl.logprobs import token_logprobs
+from jaxvlm.types import Experience, Params, Tree, record
+
+Flat = dict[str, Array]  # parameters by "/"-joined path
+
+
+@record
+class TrainState:
+  """What an update changes."""
+
+  params: Params
+  opt_state: Any  # over the trainable parameters alone
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+  """An optax chain by name; the learning rate is an argument of the update."""
+
+  name: Literal["adamw", "muon"]
+  b1: float
+  b2: float
+  weight_decay: float
+  clip_norm: float
+
+  def make(self, axes: dict[str, tuple[str | None, ...]]) -> Any:
+    """The transformation at learning rate 1, over flat parameters.
+
+    Muon (Jordan et al. 2024) takes every matrix between features, with AdamW
+    for embeddings, biases and norms. `axes` names each parameter's logical
+    axes, by which a matrix is known.
+    """
+    clip = optax.clip_by_global_norm(self.clip_norm)
+    if self.name == "adamw":
+      return optax.chain(
+        clip,
+        optax.adamw(
+          1.0, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay
+        ),
+      )
+    if self.name == "muon":
+      return optax.chain(
+        clip,
+        optax.contrib.muon(
+          1.0,
+          adam_b1=self.b1,
+          adam_b2=self.b2,
+          weight_decay=self.weight_decay,
+          adam_weight_decay=self.weight_decay,
+          muon_weight_dimension_numbers={
+            path: _matrix(names) for path, names in axes.items()
+          },
+        ),
+      )
+    raise ValueError(f"optimizer: got {self.name!r}; there are adamw, muon.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+  """What is minimised; a stage's knobs that are compiled into the update."""
+
+  kind: Literal["grpo", "sft"]
+  temperature: float
+  clip_low: float
+  clip_high: float
+  clip_dual: float | None
+  kl_coef: float
+  kl_limit: float
+  logprob_chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+  """All that is static in an update; equal programs compile once."""
+
+  network: Network
+  mesh: Mesh
+  frozen: tuple[str, ...]
+  optimizer: Optimizer
+  objective: Objective
+
+  def trainable(self, params: Params) -> tuple[Flat, Flat]:
+    """(trainable, frozen) parameters by path."""
+    flat = traverse_util.flatten_dict(params)
+    halves: tuple[Flat, Flat] = ({}, {})
+    for path, value in flat.items():
+      halves[self.network.part_of(path) in self.frozen]["/".join(path)] = value
+    return halves
+
+  def transformation(self) -> Any:
+    axes: Any = self.trainable(self.network.axes())[0]
+    return self.optimizer.make(axes)
+
+
+def _matrix(axes: tuple[str | None, ...]) -> Any:
+  """Muon's view of a weight [in, out], [in, N, H] or [N, H, in]; else None."""
+  if "vocab" in axes:
+    return None
+  head = [i for i, a in enumerate(axes) if a in ("heads", "kv_heads")]
+  groups = [
+    (i, i + 1) if i in head else (i,)
+    for i, a in enumerate(axes)
+    if a != "layer" and i - 1 not in head
+  ]
+  if len(groups) != 2:
+    return None
+  return optax.contrib.MuonDimensionNumbers(
+    reduction_axis=groups[0], output_axis=groups[1]
+  )
+
+
+def join(*parts: Flat) -> Params:
+  """Nested parameters of flat parts."""
+  flat = {path: value for part in parts for path, value in part.items()}
+  return traverse_util.unflatten_dict(flat, sep="/")
+
+
+class Learner:
+  """One stage's update.
+
+  Learners that differ in nothing static share their compiled programs.
+  """
+
+  def __init__(
+    self,
+    *,
+    network: Network,
+    mesh: Mesh,
+    banned: np.ndarray,
+    frozen: tuple[str, ...],
+    optimizer: Optimizer,
+    objective: Objective,
+  ):
+    known = {"vision_tower", "merger", "decoder"}
+    if set(frozen) - known or set(frozen) == known:
+      raise ValueError(
+        f"freeze: got {frozen}; name some of {sorted(known)}, not all."
+      )
+    self._program = _Program(network, mesh, frozen, optimizer, objective)
+    self._banned = jnp.asarray(banned)
+
+  def init(self, params: Params) -> TrainState:
+    """A state with a fresh optimizer, whose moments lie as the parameters."""
+    trainable, _ = self._program.trainable(params)
+    transformation = self._program.transformation()
+    places = jax.tree.map(lambda x: x.sharding, self.abstract(params).opt_state)
+    make = jax.jit(transformation.init, out_shardings=places)
+    return TrainState(params=params, opt_state=make(trainable))
+
+  def abstract(self, params: Params) -> TrainState:
+    """Shapes, dtypes and shardings of `init(params)`."""
+    trainable, _ = self._program.trainable(params)
+    transformation = self._program.transformation()
+    everywhere = NamedSharding(self._program.mesh, PartitionSpec())
+
+    def place(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
+      """A moment is a leaf under its parameter's path, of the same shape."""
+      for key in path:
+        parameter = trainable.get(getattr(key, "key", ""))
+        if parameter is not None and parameter.shape == x.shape:
+          return _abstract(x, parameter.sharding)
+      return _abstract(x, everywhere)
+
+    return TrainState(
+      params=jax.tree.map(lambda x: _abstract(x, x.sharding), params),
+      opt_state=jax.tree_util.tree_map_with_path(
+        place, jax.eval_shape(transformation.init, trainable)
+      ),
+    )
+
+  def update(
+    self, state: TrainState, experience: Experience, learning_rate: float
+  ) -> tuple[TrainState, dict[str, losses.Pair]]:
+    """One optimizer step; gradients of microbatches are summed in float32.
+
+    Args:
+      state: donated.
+      experience: global arrays [U Q/U ...].
+      learning_rate: of this update.
+
+    Returns:
+      The new state, and metrics as (sum, count). Where the gradient is not
+      finite the state stays and update_skipped is 1.
+    """
+    with sharding.use(self._program.mesh):
+      return _update(
+        self._program,
+        state,
+        self._banned,
+        experience,
+        jnp.float32(learning_rate),
+      )
+
+  def logprobs(self, params: Params, tree: Tree) -> Float[Array, "U Q G C"]:
+    """Logprobs of a tree's completion tokens [U Q/U ...]; 0 where masked."""
+    with sharding.use(self._program.mesh):
+      return _logprobs(self._program, params, self._banned, tree)
+
+
+def _abstract(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def _score(
+  program: _Program, params: Params, banned: Bool[Array, " V"], tree: Tree
+) -> tuple[Float[Array, "Q G C"], Float[Array, "Q G C"]]:
+  """Logprob and entropy of every completion token, 0 where masked."""
+  network, objective = program.network, program.objective
+  features = None
+  if tree.vision is not None:
+    features = network.encode(params, tree.vision)
+  embeds = network.embed(params, tree.ids, tree.vision_index, features)
+  hidden = network.forward(params, embeds, tree.position_ids, tree.branch_ids)
+  scores = token_logprobs(
+    jnp.take_along_axis(hidden, tree.predictors[..., None], axis=1),
+    network.head(params),
+    tree.targets,
+    temperature=objective.temperature,
+    banned=banned,
+    chunk=objective.logprob_chunk,
+  )
+  return tuple(_unpack(x, tree.slots) for x in scores)  # type: ignore
+
+
+def _unpack(
+  values: Float[Array, "Q N"], slots: Int[Array, "Q G C"]
+) -> Float[Array, "Q G C"]:
+  flat = slots.reshape(len(slots), -1)
+  taken = jnp.take_along_axis(values, jnp.maximum(flat, 0), axis=1)
+  return jnp.where(flat >= 0, taken, 0.0).reshape(slots.shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprobs(
+  program: _Program, params: Params, banned: Bool[Array, " V"], trees: Tree
+) -> Float[Array, "U Q G C"]:
+  return jax.lax.map(
+    lambda tree: _score(program, params, banned, tree)[0], trees
+  )
+
+
+def _loss(
+  program: _Program,
+  trainable: Flat,
+  frozen: Flat,
+  banned: Bool[Array, " V"],
+  micro: Experience,
+) -> tuple[Float[Array, ""], dict[str, losses.Pair]]:
+  """Sum over tokens (the update divides by their count), and metrics."""
+  objective, mask = program.objective, micro.completion_mask
+  logprobs, entropy = _score(
+    program, join(trainable, frozen), banned, micro.tree
+  )
+  tokens = jnp.sum(mask, dtype=jnp.float32)
+  metrics = {"entropy": (losses.token_sum(entropy, mask), tokens)}
+  if objective.kind == "sft":
+    loss = -logprobs
+  else:
+    old = logprobs if micro.old_logprobs is None else micro.old_logprobs
+    loss, stats = losses.clipped_surrogate(
+      logprobs,
+      old,
+      micro.advantages,
+      mask,
+      clip_low=objective.clip_low,
+      clip_high=objective.clip_high,
+      clip_dual=objective.clip_dual,
+    )
+    metrics |= stats
+    gap = jax.lax.stop_gradient(old) - micro.sampler_logprobs
+    metrics["sampler_gap"] = (losses.token_sum(jnp.abs(gap), mask), tokens)
+    if micro.ref_logprobs is not None:
+      kl, stats = losses.k3(
+        logprobs, micro.ref_logprobs, mask, limit=objective.kl_limit
+      )
+      loss = loss + objective.kl_coef * kl
+      metrics |= stats
+  total = losses.token_sum(loss, mask)
+  return total, metrics | {"loss": (jax.lax.stop_gradient(total), tokens)}
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _update(
+  program: _Program,
+  state: TrainState,
+  banned: Bool[Array, " V"],
+  experience: Experience,
+  learning_rate: Float[Array, ""],
+) -> tuple[TrainState, dict[str, losses.Pair]]:
+  trainable, frozen = program.trainable(state.params)
+  gradient = jax.grad(
+    functools.partial(_loss, program), argnums=0, has_aux=True
+  )
+
+  def add(total: Flat, micro: Experience) -> tuple[Flat, Any]:
+    part, metrics = gradient(trainable, frozen, banned, micro)
+    return jax.tree.map(
+      lambda t, g: t + g.astype(jnp.float32), total, part
+    ), metrics
+
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros_like(x, dtype=jnp.float32), trainable
+  )
+  total, metrics = jax.lax.scan(add, zeros, experience)
+  metrics = jax.tree.map(lambda x: x.sum(0), metrics)
+  tokens = jnp.sum(experience.completion_mask, dtype=jnp.float32)
+  grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), total)
+  norm = optax.global_norm(grads)
+  finite = jnp.isfinite(norm)
+
+  step, opt_state = program.transformation().update(
+    grads, state.opt_state, trainable
+  )
+  moved = jax.tree.map(
+    lambda p, s: (p + learning_rate * s).astype(p.dtype), trainable, step
+  )
+  keep = functools.partial(
+    jax.tree.map, lambda new, old: jnp.where(finite, new, old)
+  )
+  one = jnp.float32(1.0)
+  return TrainState(
+    params=join(keep(moved, trainable), frozen),
+    opt_state=keep(opt_state, state.opt_state),
+  ), metrics | {
+    "grad_norm": (norm, one),
+    "update_skipped": (jnp.where(finite, 0.0, one), one),
+  }

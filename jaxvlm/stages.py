@@ -1,0 +1,179 @@
+"""The schedule: what a stage is, its learning rate, and what it has cost."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxvlm.learner import Objective, Optimizer
+from jaxvlm.rollout.sampler import Draws
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+  """A run of steps with one set of knobs, as configs/common.py writes them.
+
+  A step rolls `rollout_questions` out, keeps `update_questions` of them
+  (groups with unequal rewards first) and makes `updates_per_rollout` updates
+  of equal shares of those, each in `microbatches` slices. A stage of kind
+  "sft" reads its completions from the data instead.
+  """
+
+  name: str
+  kind: Literal["grpo", "sft"]
+  data: Mapping[str, Mapping[str, Any]]  # sources by a name of your own
+  shuffle: bool
+  rewards: tuple[tuple[str, float], ...]  # (name, weight); first: accuracy
+  steps: int
+  rollout_questions: int
+  update_questions: int
+  updates_per_rollout: int
+  microbatches: int
+  num_completions: int
+  max_completion_length: int
+  temperature: float
+  advantage_eps: float
+  clip_low: float
+  clip_high: float
+  clip_dual: float | None
+  kl_coef: float
+  kl_limit: float
+  reference: Literal["stage_start", "base", "none"]
+  freeze: tuple[str, ...]
+  optimizer: Mapping[str, Any]
+  reset_optimizer: bool
+  learning_rate: float
+  lr_schedule: Literal["constant", "linear", "cosine"]
+  lr_warmup: int  # updates
+  lr_final: float  # share of the learning rate that is left at the end
+  promote: Literal["latest", "best"]
+  metric: str  # of evaluations, that says which checkpoint is best; "": none
+  logprob_chunk: int
+
+  def __post_init__(self) -> None:
+    self._one_of("kind", ("grpo", "sft"))
+    self._one_of("reference", ("stage_start", "base", "none"))
+    self._one_of("lr_schedule", ("constant", "linear", "cosine"))
+    self._one_of("promote", ("latest", "best"))
+    for field in (
+      "steps",
+      "rollout_questions",
+      "update_questions",
+      "updates_per_rollout",
+      "microbatches",
+      "max_completion_length",
+      "logprob_chunk",
+    ):
+      if getattr(self, field) < 1:
+        raise self._wrong(field, "expected at least 1")
+    if not self.data:
+      raise self._wrong("data", "expected at least one source")
+    if self.kind == "grpo":
+      self._check_groups()
+    elif self.rollout_questions != self.update_questions:
+      raise self._wrong("update_questions", "sft trains on all it reads")
+    share = self.updates_per_rollout * self.microbatches
+    if self.update_questions % share:
+      raise self._wrong(
+        "update_questions",
+        f"expected a multiple of updates_per_rollout * microbatches = {share}",
+      )
+
+  def _check_groups(self) -> None:
+    if self.num_completions < 2:
+      raise self._wrong(
+        "num_completions",
+        "a group of fewer than 2 has no advantage; expected 2 or more",
+      )
+    if self.temperature <= 0:
+      raise self._wrong("temperature", "rollouts are sampled; expected > 0")
+    if self.update_questions > self.rollout_questions:
+      raise self._wrong(
+        "update_questions",
+        f"expected at most rollout_questions = {self.rollout_questions}",
+      )
+    if not self.rewards:
+      raise self._wrong("rewards", "expected at least one (name, weight)")
+    if self.kl_coef and self.reference == "none":
+      raise self._wrong("kl_coef", "reference is none; expected 0")
+
+  def _one_of(self, field: str, known: tuple[str, ...]) -> None:
+    if getattr(self, field) not in known:
+      raise self._wrong(field, f"expected one of {', '.join(known)}")
+
+  def _wrong(self, field: str, expected: str) -> ValueError:
+    return ValueError(
+      f"stages.{self.name}.{field}: got {getattr(self, field)!r}; {expected}."
+    )
+
+  def check_shards(self, shards: int) -> None:
+    """Raises ValueError where the mesh does not divide the questions."""
+    share = self.updates_per_rollout * self.microbatches
+    for field, parts in (
+      ("rollout_questions", shards),
+      ("update_questions", shards * share),
+    ):
+      if getattr(self, field) % parts:
+        raise self._wrong(
+          field,
+          f"expected a multiple of {parts} ({shards} data shards, "
+          f"{self.updates_per_rollout} updates of {self.microbatches} "
+          "microbatches)",
+        )
+
+  def make_optimizer(self) -> Optimizer:
+    return Optimizer(**self.optimizer)
+
+  def make_objective(self) -> Objective:
+    return Objective(
+      kind=self.kind,
+      temperature=self.temperature if self.kind == "grpo" else 1.0,
+      clip_low=self.clip_low,
+      clip_high=self.clip_high,
+      clip_dual=self.clip_dual,
+      kl_coef=self.kl_coef,
+      kl_limit=self.kl_limit,
+      logprob_chunk=self.logprob_chunk,
+    )
+
+  def make_draws(self) -> Draws:
+    """Training rollouts: the whole distribution, which is what is trained."""
+    return Draws(
+      num_completions=self.num_completions,
+      max_completion_length=self.max_completion_length,
+      temperature=self.temperature,
+      top_k=0,
+      top_p=1.0,
+    )
+
+  def learning_rate_at(self, update: int) -> float:
+    """Learning rate of the update with this number, from 0."""
+    if update < self.lr_warmup:
+      return self.learning_rate * (update + 1) / self.lr_warmup
+    total = self.steps * self.updates_per_rollout
+    done = (update - self.lr_warmup) / max(total - self.lr_warmup, 1)
+    left = {
+      "constant": 1.0,
+      "linear": 1.0 - done,
+      "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+    }[self.lr_schedule]
+    if self.lr_schedule == "constant":
+      return self.learning_rate
+    return self.learning_rate * (self.lr_final + (1 - self.lr_final) * left)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Ledger:
+  """What a stage has cost; equal budgets of two arms are equal ledgers."""
+
+  questions: float = 0
+  patches: float = 0  # vision patches encoded
+  prompt_tokens: float = 0
+  generated_tokens: float = 0
+  trained_tokens: float = 0  # completion tokens in the loss
+  updates: float = 0
+  model_flops: float = 0.0  # of the model's matrices, forward and backward
+
+  def add(self, **counts: float) -> None:
+    for name, count in counts.items():
+      setattr(self, name, getattr(self, name) + count)

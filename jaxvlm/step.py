@@ -1,0 +1,220 @@
+"""What the lines of the loop do: roll out, score, choose, learn."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from jaxvlm import sharding
+from jaxvlm.evaluate import decode_rollout
+from jaxvlm.job import Job
+from jaxvlm.learner import Learner, TrainState
+from jaxvlm.metrics import Metrics, add
+from jaxvlm.packing import pack, unbatch
+from jaxvlm.rl import advantages
+from jaxvlm.scoring import Scorer
+from jaxvlm.stages import Stage
+from jaxvlm.types import Experience, Params, Question, Rollout, Scores
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+  """This host's questions of a step with what was answered and earned."""
+
+  questions: Sequence[Question]  # Q
+  rollout: Rollout
+  scores: Scores
+  advantages: np.ndarray  # float64 [Q G]
+
+  def take(self, rows: np.ndarray) -> "Batch":
+    """The batch of these questions alone."""
+    scores = dataclasses.replace(
+      self.scores,
+      rewards=self.scores.rewards[rows],
+      parts={name: part[rows] for name, part in self.scores.parts.items()},
+      failed=self.scores.failed[rows],
+    )
+    return Batch(
+      questions=[self.questions[q] for q in rows],
+      rollout=jax.tree.map(lambda x: x[rows], self.rollout),
+      scores=scores,
+      advantages=self.advantages[rows],
+    )
+
+
+def demonstrations(questions: Sequence[Question], length: int) -> Rollout:
+  """The written responses of an SFT batch, as a rollout of G = 1."""
+  count = len(questions)
+  ids = np.zeros((count, 1, length), np.int32)
+  mask = np.zeros((count, 1, length), bool)
+  for q, question in enumerate(questions):
+    assert question.response_ids is not None
+    ids[q, 0, : len(question.response_ids)] = question.response_ids
+    mask[q, 0, : len(question.response_ids)] = True
+  return Rollout(
+    completion_ids=ids,
+    completion_mask=mask,
+    truncated=np.zeros((count, 1), bool),
+    sampler_logprobs=np.zeros((count, 1, length), np.float32),
+  )
+
+
+def score(
+  job: Job,
+  scorer: Scorer | None,
+  questions: Sequence[Question],
+  rollout: Rollout,
+) -> Scores:
+  """Rewards of a rollout; a demonstration (no scorer) earns 1."""
+  if scorer is None:
+    shape = rollout.truncated.shape
+    return Scores(
+      rewards=np.ones(shape), parts={}, failed=np.zeros(shape[0], bool)
+    )
+  texts = decode_rollout(rollout, job.processor.decode)
+  return scorer.score(texts, [q.example for q in questions])
+
+
+def advantages_of(
+  stage: Stage, questions: Sequence[Question], rollout: Rollout, scores: Scores
+) -> Batch:
+  """The step's batch; demonstrations weigh 1, failed groups 0."""
+  if stage.kind == "sft":
+    values = scores.rewards
+  else:
+    values = advantages.grpo(scores.rewards, eps=stage.advantage_eps)
+  return Batch(
+    questions=questions, rollout=rollout, scores=scores, advantages=values
+  )
+
+
+def choose(batch: Batch, count: int) -> np.ndarray:
+  """The questions to learn from, in their order: [count] indices.
+
+  Groups with unequal rewards first, for the others have no gradient; then
+  those of equal rewards; failed ones last.
+  """
+  rank = np.where(np.any(batch.advantages != 0, axis=1), 0, 1)
+  rank = np.where(batch.scores.failed, 2, rank)
+  return np.sort(np.argsort(rank, kind="stable")[:count])
+
+
+def learn(
+  job: Job,
+  stage: Stage,
+  learner: Learner,
+  state: TrainState,
+  reference: Params | None,
+  batch: Batch,
+  step: int,
+) -> tuple[TrainState, Metrics, Experience]:
+  """The updates of one rollout, in equal shares of its questions.
+
+  Args:
+    job: mesh and layout.
+    stage: its knobs.
+    learner: of the stage.
+    state: donated.
+    reference: of the KL term; None: there is none.
+    batch: what was chosen; failed groups are masked out.
+    step: of the stage, from 0; the learning rate goes by it.
+
+  Returns:
+    The new state, metrics of all hosts, and the last update's experience.
+  """
+  parts = stage.updates_per_rollout
+  mask = batch.rollout.completion_mask
+  mask = mask & ~batch.scores.failed[:, None, None]
+
+  def place(x: np.ndarray) -> jax.Array:
+    return sharding.place(
+      job.mesh, unbatch(x, stage.microbatches), ("microbatch",)
+    )
+
+  experiences = []
+  for rows in np.split(np.arange(len(batch.questions)), parts):
+    tree = pack(
+      [batch.questions[q] for q in rows],
+      batch.rollout.completion_ids[rows],
+      mask[rows],
+      microbatches=stage.microbatches,
+      lanes=job.lanes,
+      layout=job.processor.layout,
+    )
+    tree = sharding.place(job.mesh, tree, ("microbatch",))
+    experiences.append(
+      Experience(
+        tree=tree,
+        completion_mask=place(mask[rows]),
+        advantages=place(batch.advantages[rows].astype(np.float32)),
+        sampler_logprobs=place(batch.rollout.sampler_logprobs[rows]),
+        # A rollout's only update starts from the policy that it updates.
+        old_logprobs=(
+          learner.logprobs(state.params, tree) if parts > 1 else None
+        ),
+        ref_logprobs=(
+          None if reference is None else learner.logprobs(reference, tree)
+        ),
+      )
+    )
+  metrics: Metrics = {}
+  for i, experience in enumerate(experiences):
+    rate = stage.learning_rate_at(step * parts + i)
+    state, pairs = learner.update(state, experience, rate)
+    found = {n: (float(s), float(c)) for n, (s, c) in pairs.items()}
+    metrics = add(metrics, found | {"learning_rate": (rate, 1.0)})
+  return state, metrics, experience
+
+
+def rollout_metrics(batch: Batch) -> Metrics:
+  """What a rollout earned and how long it was, over all hosts."""
+  scores, rollout = batch.scores, batch.rollout
+  kept = ~scores.failed
+  rows = float(kept.sum() * rollout.truncated.shape[1])
+  live = np.any(batch.advantages != 0, axis=1)
+  lengths = rollout.completion_mask.sum(-1)
+  local: Metrics = {
+    "reward": (scores.rewards[kept].sum(), rows),
+    "length": (lengths.sum(), float(lengths.size)),
+    "truncated": (rollout.truncated.sum(), float(lengths.size)),
+    "live_groups": (live.sum(), float(len(live))),
+    "failed_groups": (scores.failed.sum(), 1.0),
+  }
+  for i, (name, part) in enumerate(scores.parts.items()):
+    local[f"reward/{name}"] = (part[kept].sum(), rows)
+    if i == 0:
+      local["accuracy"] = local[f"reward/{name}"]
+  pairs = sharding.sum_over_hosts([list(pair) for pair in local.values()])
+  return {
+    n: (float(s), float(c)) for n, (s, c) in zip(local, pairs, strict=True)
+  }
+
+
+def cost(
+  job: Job, stage: Stage, batch: Batch, chosen: Batch
+) -> dict[str, float]:
+  """What this step adds to the stage's ledger, over all hosts."""
+  patches = sum(len(q.pixel_values) for q in batch.questions)
+  prompts = sum(len(q.prompt_ids) for q in batch.questions)
+  generated = float(batch.rollout.completion_mask.sum())
+  trained = float(chosen.rollout.completion_mask.sum())
+  counts = {
+    "questions": len(batch.questions),
+    "patches": patches,
+    "prompt_tokens": prompts,
+    "generated_tokens": generated if stage.kind == "grpo" else 0.0,
+    "trained_tokens": trained,
+  }
+  rows = sum(len(q.prompt_ids) for q in chosen.questions) + trained
+  seen = sum(len(q.pixel_values) for q in chosen.questions)
+  decoder, tower = job.matrix_sizes
+  # 2 per weight and token forward, 4 backward; attention is not counted.
+  rolled = counts["generated_tokens"] + prompts * (stage.kind == "grpo")
+  flops = 2.0 * decoder * rolled + 6.0 * decoder * rows
+  flops += 2.0 * tower * patches * (stage.kind == "grpo") + 6.0 * tower * seen
+  counts["model_flops"] = flops
+  totals = sharding.sum_over_hosts(list(counts.values()))
+  return dict(zip(counts, totals.tolist(), strict=True)) | {
+    "updates": stage.updates_per_rollout
+  }

@@ -1,0 +1,127 @@
+"""The loop: for each stage, for each step: roll out, score, learn."""
+
+import contextlib
+import time
+from typing import Any
+
+import jax
+
+from jaxvlm import models
+from jaxvlm.books import Books
+from jaxvlm.display import Display
+from jaxvlm.job import Job
+from jaxvlm.learner import TrainState
+from jaxvlm.metrics import Timers, add, means
+from jaxvlm.stages import Ledger
+from jaxvlm.step import (
+  advantages_of,
+  choose,
+  cost,
+  demonstrations,
+  learn,
+  rollout_metrics,
+  score,
+)
+
+
+def run(job: Job, display: Display) -> None:
+  """Runs the schedule, from the newest checkpoint if there is one.
+
+  Raises:
+    Stopped: a limit of the config was reached.
+  """
+  sampler, timers = job.make_sampler(), Timers()
+  every = job.config["checkpoint"]["every"]
+  evaluate_every = job.config["evaluation"]["every"]
+  with Books(job, display, sampler) as books:
+    state, progress, position = books.restore()
+    if books.finished(progress):
+      display.print(f"This run is finished; its results are in {job.workdir}.")
+      return
+    if state is None:
+      params = models.load_params(job.network, job.checkpoint, job.mesh)
+      books.evaluate("start", params, progress, None)
+      state = job.make_learner(job.schedule[0]).init(params)
+      position = job.make_loader(0).get_state()
+      books.save(state, progress, position)
+    else:
+      display.print(f"Resumed after {progress.global_step} steps.")
+
+    for stage in job.schedule[progress.stage :]:
+      learner = job.make_learner(stage)
+      loader = job.make_loader(progress.stage)
+      loader.set_state(position)
+      reference = books.reference(stage, state.params, progress)
+      ledger = Ledger(**progress.ledgers.get(stage.name, {}))
+      draws = stage.make_draws()
+      with (
+        contextlib.nullcontext()
+        if stage.kind == "sft"
+        else job.make_scorer(stage.rewards) as scorer,
+        display.stage(stage.name, steps=stage.steps, done=progress.step),
+      ):
+        while progress.step < stage.steps:
+          started = time.monotonic()
+          with timers("data"):
+            questions = next(loader)
+          with timers("rollout"):
+            if stage.kind == "sft":
+              rollout = demonstrations(questions, draws.max_completion_length)
+            else:
+              weights = sampler.weights(state.params)
+              key = step_key(job, progress.stage, progress.step)
+              rollout = sampler.sample(weights, questions, key=key, draws=draws)
+          with timers("score"):
+            scores = score(job, scorer, questions, rollout)
+          batch = advantages_of(stage, questions, rollout, scores)
+          with timers("update"):
+            chosen = batch.take(choose(batch, stage.update_questions))
+            state, metrics, experience = learn(
+              job, stage, learner, state, reference, chosen, progress.step
+            )
+
+          progress.step += 1
+          progress.global_step += 1
+          metrics = add(metrics, rollout_metrics(batch))
+          progress.skipped_updates += int(metrics["update_skipped"][0])
+          progress.failed_groups += int(metrics["failed_groups"][0])
+          spent = cost(job, stage, batch, chosen)
+          ledger.add(**spent)
+          progress.ledgers[stage.name] = vars(ledger).copy()
+          for message in scores.messages:
+            display.print(message)
+          seconds = time.monotonic() - started
+          tokens = spent["prompt_tokens"] + spent["generated_tokens"]
+          timing = timers.take() | {
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+          }
+          books.step(stage, progress, batch, means(metrics), timing)
+          books.check_limits(stage, progress, experience)
+          if progress.step == stage.steps:
+            break  # the end of a stage is written down below
+          if evaluate_every and progress.step % evaluate_every == 0:
+            books.evaluate(stage.name, state.params, progress, stage)
+          if progress.step % every == 0:
+            books.save(state, progress, loader.get_state())
+
+      books.evaluate(stage.name, state.params, progress, stage)
+      params = books.promoted(stage, state.params)
+      progress.next_stage()
+      if progress.stage < len(job.schedule):
+        following = job.schedule[progress.stage]
+        if following.reset_optimizer:
+          state = job.make_learner(following).init(params)
+        else:
+          state = TrainState(params=params, opt_state=state.opt_state)
+        position = job.make_loader(progress.stage).get_state()
+      else:
+        state = TrainState(params=params, opt_state=state.opt_state)
+      books.save(state, progress, position)
+    books.finish(state.params, progress)
+
+
+def step_key(job: Job, stage: int, step: int) -> Any:
+  """The randomness of one step; question, completion and position come in later."""
+  key = jax.random.key(job.config["seed"])
+  return jax.random.fold_in(jax.random.fold_in(key, stage), step)
