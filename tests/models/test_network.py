@@ -1,0 +1,318 @@
+"""The tree forward, decoding, and what a network says of its weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvlm import sharding
+from jaxvlm.models import find_family, load_params
+from jaxvlm.types import Vision
+
+GROUP = 3
+LENGTHS = [[4, 1, 6], [2, 5, 3], [1, 2, 2], [6, 6, 1]]  # of completions
+
+
+@pytest.fixture(scope="module")
+def completions():
+  random = np.random.default_rng(0)
+  return [[random.integers(1, 150, n) for n in row] for row in LENGTHS]
+
+
+def naive_rows(questions, completions, prompts):
+  """[Q G P + C] rows, each a prompt and one completion, right-padded."""
+  longest = max(max(row) for row in LENGTHS)
+  width = prompts.prompt_ids.shape[1] + longest
+  shape = (len(questions), GROUP, width)
+  ids, positions = np.zeros(shape, int), np.zeros((3, *shape), int)
+  seen, index = np.full(shape, -1), np.full(shape, -1)
+  for q, question in enumerate(questions):
+    for g, completion in enumerate(completions[q]):
+      p, n = len(question.prompt_ids), len(completion)
+      ids[q, g, : p + n] = [*question.prompt_ids, *completion]
+      positions[:, q, g, :p] = question.position_ids
+      start = question.position_ids[0, -1] + 1
+      positions[:, q, g, p : p + n] = start + np.arange(n)
+      seen[q, g, : p + n] = 0
+      index[q, g, :p] = prompts.vision_index[q, :p]
+  return ids, positions, seen, index
+
+
+def tree_rows(questions, completions, prompts):
+  """The same as packed rows, and where each naive column went."""
+  lengths = [
+    len(question.prompt_ids) + sum(len(c) for c in row)
+    for question, row in zip(questions, completions, strict=True)
+  ]
+  shape = (len(questions), max(lengths) + 3)
+  ids, positions = np.zeros(shape, int), np.zeros((3, *shape), int)
+  branches, index = np.full(shape, -1), np.full(shape, -1)
+  columns = {}
+  for q, question in enumerate(questions):
+    p = column = len(question.prompt_ids)
+    ids[q, :p], positions[:, q, :p] = question.prompt_ids, question.position_ids
+    branches[q, :p], index[q, :p] = 0, prompts.vision_index[q, :p]
+    for g, completion in enumerate(completions[q]):
+      n = len(completion)
+      here = slice(column, column + n)
+      ids[q, here], branches[q, here] = completion, g + 1
+      positions[:, q, here] = question.position_ids[0, -1] + 1 + np.arange(n)
+      columns[q, g] = [*range(p), *range(column, column + n)]
+      column += n
+  return ids, positions, branches, index, columns
+
+
+@pytest.fixture(scope="module")
+def both(network, questions, completions, prompts):
+  """The same scalar of the two forms, as functions of the parameters."""
+  ids, positions, seen, index = naive_rows(questions, completions, prompts)
+  flat = (-1, ids.shape[-1])
+  t_ids, t_positions, branches, t_index, columns = tree_rows(
+    questions, completions, prompts
+  )
+  random = np.random.default_rng(1)
+  # Random weights of the hidden states; a prompt counts once per completion.
+  weight = random.normal(size=(*ids.shape, 64)).astype(np.float32)
+  weight[seen < 0] = 0
+  t_weight = np.zeros((*t_ids.shape, 64), np.float32)
+  for (q, g), where in columns.items():
+    np.add.at(t_weight[q], where, weight[q, g, : len(where)])
+
+  def hidden(params, ids, positions, branches, index):
+    features = network.encode(params, prompts.vision)
+    embeds = network.embed(params, ids, index, features)
+    return network.forward(params, embeds, positions, branches)
+
+  def naive(params):
+    x = hidden(
+      params,
+      ids.reshape(flat),
+      positions.reshape(3, *flat),
+      seen.reshape(flat),
+      index.reshape(flat),
+    )
+    return jnp.sum(x * weight.reshape(x.shape)), x.reshape(*ids.shape, -1)
+
+  def tree(params):
+    x = hidden(params, t_ids, t_positions, branches, t_index)
+    return jnp.sum(x * t_weight), x
+
+  return naive, tree, columns
+
+
+def test_tree_rows_equal_naive_rows_in_values_and_gradients(both, params):
+  naive, tree, columns = both
+  run = lambda f: jax.jit(jax.value_and_grad(f, has_aux=True))(params)
+  (_, expected), expected_gradient = run(naive)
+  (_, got), gradient = run(tree)
+  for (q, g), where in columns.items():
+    np.testing.assert_allclose(
+      got[q, np.array(where)], expected[q, g, : len(where)], atol=1e-5, rtol=0
+    )
+
+  def close(got, expected):
+    error = jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
+    assert error < 1e-5, error
+
+  jax.tree.map(close, gradient, expected_gradient)
+
+
+def test_a_completion_never_sees_its_sibling(
+  network, params, questions, completions, prompts
+):
+  ids, positions, branches, _, _ = tree_rows(questions, completions, prompts)
+  run = jax.jit(network.forward)
+  none = np.full_like(ids, -1)
+  before = run(
+    params, network.embed(params, ids, none, None), positions, branches
+  )
+  changed = ids.copy()
+  changed[branches == 1] += 1
+  after = run(
+    params, network.embed(params, changed, none, None), positions, branches
+  )
+  moved = np.asarray(jnp.abs(after - before).max(-1))
+  assert (moved[branches == 1] > 1e-3).all()
+  assert moved[(branches != 1) & (branches >= 0)].max() == 0
+
+
+def test_remat_changes_no_gradient(both, network, params, prompts):
+  def loss(params, network):
+    features = network.encode(params, prompts.vision)
+    embeds = network.embed(
+      params, prompts.prompt_ids, prompts.vision_index, features
+    )
+    branch_ids = jnp.where(prompts.prompt_mask, 0, -1)
+    hidden = network.forward(params, embeds, prompts.position_ids, branch_ids)
+    return jnp.sum(hidden**2 * prompts.prompt_mask[:, :, None])
+
+  run = jax.jit(jax.grad(loss), static_argnums=1)
+  full = dataclasses.replace(network, remat="full")
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2),
+    run(params, network),
+    run(params, full),
+  )
+
+
+def test_decoding_equals_the_forward_pass(
+  network, params, questions, completions, prompts
+):
+  ids, positions, branches, index, columns = tree_rows(
+    questions, completions, prompts
+  )
+  length = max(max(row) for row in LENGTHS)
+  fed = np.zeros((len(questions), GROUP, length), int)
+  for q, row in enumerate(completions):
+    for g, completion in enumerate(row):
+      fed[q, g, : len(completion)] = completion
+  starts = np.array([q.position_ids[0, -1] + 1 for q in questions])
+
+  @jax.jit
+  def run(params):
+    features = network.encode(params, prompts.vision)
+    embeds = network.embed(params, ids, index, features)
+    expected = network.forward(params, embeds, positions, branches)
+    embeds = network.embed(
+      params, prompts.prompt_ids, prompts.vision_index, features
+    )
+    last, prompt_cache = network.prefill(
+      params, embeds, prompts.position_ids, prompts.prompt_mask
+    )
+    weights = network.unstack(params)
+
+    def step(cache, column):
+      position = jnp.broadcast_to(
+        (starts + column)[None, :, None], (3, len(questions), GROUP)
+      )
+      hidden, cache = network.decode(
+        weights,
+        jnp.asarray(fed)[:, :, column],
+        position,
+        prompt_cache,
+        prompts.prompt_mask,
+        cache,
+        column,
+      )
+      return cache, hidden
+
+    cache = network.init_cache(len(questions), GROUP, length)
+    _, hidden = jax.lax.scan(step, cache, jnp.arange(length))
+    return expected, last, jnp.moveaxis(hidden, 0, 2)
+
+  expected, last, got = (np.asarray(x) for x in run(params))
+  for (q, g), where in columns.items():
+    p, n = len(questions[q].prompt_ids), len(completions[q][g])
+    np.testing.assert_allclose(last[q], expected[q, p - 1], atol=2e-5)
+    np.testing.assert_allclose(got[q, g, :n], expected[q, where[p:]], atol=2e-5)
+
+
+def test_a_lane_is_read_by_its_own_questions_alone(network, params):
+  features = jnp.arange(2 * 3 * 64, dtype=jnp.float32).reshape(2, 3, 64)
+  ids = np.zeros((4, 2), int)
+  index = np.array([[0, -1], [1, 2], [0, 1], [-1, 2]])
+  got = network.embed(params, ids, index, features)
+  text = params["language_model"]["embed_tokens"]["embedding"][0]
+  rows = features.reshape(6, 64)
+  expected = [[rows[0], text], [rows[1], rows[2]]]
+  expected += [[rows[3], rows[4]], [text, rows[5]]]
+  np.testing.assert_array_equal(got, np.array(expected))
+
+
+def test_no_gather_crosses_lanes(network, directory):
+  mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)
+  params = load_params(network, directory, mesh)
+  ids, features = sharding.place(
+    mesh, (np.zeros((16, 12), int), np.zeros((8, 4, 64), np.float32))
+  )
+
+  def loss(features, params, ids):
+    with sharding.use(mesh):
+      return jnp.sum(network.embed(params, ids, ids, features) ** 2, (1, 2))
+
+  backward = lambda *args: jax.vjp(loss, *args)[1](jnp.ones(16))[0]
+  text = jax.jit(backward).lower(features, params, ids).compile().as_text()
+  for collective in ("all-gather", "all-to-all", "collective-permute"):
+    assert collective not in text
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_a_mesh_changes_nothing(network, params, directory, sizes):
+  data, fsdp, tensor = sizes
+  mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+  lanes = sharding.data_shards(mesh)
+  random = np.random.default_rng(0)
+  vision = Vision(
+    pixel_values=random.normal(size=(lanes, 16, 1176)).astype(np.float32),
+    rows=np.tile(np.arange(16) // 4, (lanes, 1)),
+    cols=np.tile(np.arange(16) % 4, (lanes, 1)),
+    full_segments=np.zeros((lanes, 16), int),
+    window_segments=np.tile(np.arange(16) // 8, (lanes, 1)),
+  )
+  ids = random.integers(1, 150, (lanes, 10))
+  index = np.tile([-1, 0, 1, 2, 3, -1, -1, -1, -1, -1], (lanes, 1))
+  positions = np.tile(np.arange(10), (3, lanes, 1))
+
+  def run(params):
+    features = network.encode(params, vision)
+    embeds = network.embed(params, ids, index, features)
+    return network.forward(params, embeds, positions, 0 * ids)
+
+  def on_mesh(params):
+    with sharding.use(mesh):
+      return run(params)
+
+  placed = load_params(network, directory, mesh)
+  np.testing.assert_allclose(
+    jax.jit(on_mesh)(placed), jax.jit(run)(params), atol=3e-5, rtol=0
+  )
+
+
+def test_every_weight_names_its_axes_and_its_part(network):
+  axes, shapes = network.axes(), network.shapes()
+  is_axes = lambda leaf: isinstance(leaf, tuple)
+  jax.tree.map(
+    lambda axes, shape: sharding.spec(axes) and len(axes) == shape.ndim,
+    axes,
+    shapes,
+    is_leaf=is_axes,
+  )
+  parts = {
+    network.part_of(tuple(key.key for key in path))
+    for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
+  }
+  assert parts == {"vision_tower", "merger", "decoder"}
+  assert network.part_of(("visual", "merger", "ln_q", "weight")) == "merger"
+  assert network.part_of(("lm_head", "kernel")) == "decoder"
+
+
+def test_random_weights_are_drawn_as_transformers_draws_them(network):
+  params = network.init(0)
+  assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+    jnp.shape, network.shapes()
+  )
+  layers = params["language_model"]["layers"]
+  kernel = layers["mlp"]["gate_proj"]["kernel"]
+  assert abs(float(kernel.std()) - 0.02) < 1e-3
+  assert not jnp.array_equal(kernel[0], kernel[1])
+  assert (layers["self_attn"]["q_proj"]["bias"] == 0).all()
+  assert (layers["input_layernorm"]["weight"] == 1).all()
+  other = network.init(1)["lm_head"]["kernel"]
+  assert not jnp.array_equal(params["lm_head"]["kernel"], other)
+
+
+def test_equal_networks_share_a_trace(network):
+  assert hash(dataclasses.replace(network)) == hash(network)
+  assert dataclasses.replace(network) == network
+
+
+def test_an_unknown_family_is_refused_by_name():
+  with pytest.raises(ValueError, match=r"llava.*qwen2_5_vl"):
+    find_family("llava")
+
+
+def test_an_unknown_remat_is_refused(network):
+  with pytest.raises(ValueError, match="remat"):
+    dataclasses.replace(network, remat="some")

@@ -1,0 +1,246 @@
+"""Checkpoint directories: every layout that is in use, and every mishap."""
+
+import copy
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLModel
+
+from jaxvlm import sharding
+from jaxvlm.models import load_network, load_params, save_hf
+from jaxvlm.nn import hf as hf_files
+
+DTYPES = {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
+
+
+def load(directory):
+  network = load_network(directory, **DTYPES)
+  return network, load_params(network, directory)
+
+
+def assert_equal(got, expected):
+  jax.tree.map(np.testing.assert_array_equal, got, expected)
+
+
+@pytest.fixture
+def own(directory, tmp_path):
+  return shutil.copytree(directory, tmp_path / "own")
+
+
+def edit_config(directory, change):
+  path = directory / "config.json"
+  raw = json.loads(path.read_text())
+  change(raw)
+  path.write_text(json.dumps(raw))
+
+
+def edit_tensors(directory, change):
+  path = directory / "model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  change(tensors)
+  safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+
+
+# -- layouts -----------------------------------------------------------------
+
+
+def test_sharded_files_load_equal(hf, params, tmp_path):
+  hf.save_pretrained(tmp_path, max_shard_size="100KB")
+  assert len(list(tmp_path.glob("*.safetensors"))) > 2
+  assert_equal(load(tmp_path)[1], params)
+
+
+def test_module_names_load_equal(hf, params, tmp_path):
+  hf.save_pretrained(tmp_path, save_original_format=False)
+  names = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+  assert any(name.startswith("model.visual.") for name in names)
+  assert_equal(load(tmp_path)[1], params)
+
+
+def test_a_flat_config_loads_equal(own, network, params):
+  def flatten(raw):
+    text = raw.pop("text_config")
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope["rope_theta"]
+    text["rope_scaling"] = {
+      "type": "mrope",
+      "mrope_section": rope["mrope_section"],
+    }
+    raw.update({k: v for k, v in text.items() if k != "model_type"})
+
+  edit_config(own, flatten)
+  read, got = load(own)
+  assert read == network
+  assert_equal(got, params)
+
+
+def test_a_tied_checkpoint_has_no_head(make_torch, make_config, tmp_path):
+  model = make_torch(make_config(tie_word_embeddings=True))
+  model.save_pretrained(tmp_path)
+  network, params = load(tmp_path)
+  assert network.config.tie_word_embeddings
+  assert "lm_head" not in params
+  table = params["language_model"]["embed_tokens"]["embedding"]
+  np.testing.assert_array_equal(network.head(params), table.T)
+  np.testing.assert_array_equal(network.head(network.unstack(params)), table.T)
+
+
+def test_a_head_that_is_not_in_the_files_is_tied(own):
+  edit_tensors(own, lambda tensors: tensors.pop("lm_head.weight"))
+  assert load(own)[0].config.tie_word_embeddings
+
+
+def test_a_head_beside_a_tied_flag_is_not_read(own):
+  edit_config(own, lambda raw: raw.update(tie_word_embeddings=True))
+  assert "lm_head" not in load(own)[1]
+
+
+def test_a_base_model_saved_alone_loads(hf, params, config, tmp_path):
+  base = Qwen2_5_VLModel(config)
+  base.load_state_dict(hf.model.state_dict())
+  base.save_pretrained(tmp_path)
+  network, got = load(tmp_path)
+  assert network.config.tie_word_embeddings
+  assert_equal(got, {k: v for k, v in params.items() if k != "lm_head"})
+
+
+def test_bfloat16_files_load(hf, params, tmp_path):
+  copy.deepcopy(hf).to(torch.bfloat16).save_pretrained(tmp_path)
+  got = load(tmp_path)[1]
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2), got, params
+  )
+
+
+def test_weights_are_laid_out_by_their_axes(network, directory, params):
+  mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+  got = load_params(network, directory, mesh)
+  assert_equal(got, params)
+  kernel = got["language_model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+  assert kernel.shape == (3, 64, 4, 16)
+  assert kernel.addressable_shards[0].data.shape == (3, 16, 2, 16)
+
+
+# -- export ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 100_000])
+def test_transformers_loads_what_is_exported(
+  make_torch, make_config, tmp_path, monkeypatch, tied, shard_bytes
+):
+  monkeypatch.setattr(hf_files, "SHARD_BYTES", shard_bytes)
+  model = make_torch(make_config(tie_word_embeddings=tied))
+  model.save_pretrained(tmp_path / "source")
+  (tmp_path / "source" / "chat_template.jinja").write_text("{{ messages }}")
+  network, params = load(tmp_path / "source")
+  changed = jax.tree.map(lambda x: 2 * x, params)
+  save_hf(network, changed, tmp_path / "source", tmp_path / "export")
+
+  again, info = AutoModelForImageTextToText.from_pretrained(
+    tmp_path / "export", output_loading_info=True
+  )
+  assert not any(info.values()), info
+  state = again.state_dict()
+  for name, weight in model.state_dict().items():
+    torch.testing.assert_close(state[name], 2 * weight, rtol=0, atol=0)
+  assert (tmp_path / "export" / "chat_template.jinja").is_file()
+  assert len(list((tmp_path / "export").glob("*.safetensors"))) == (
+    1 if shard_bytes > 1e6 else 5 - tied
+  )
+
+
+def test_an_export_has_the_names_that_transformers_writes(
+  network, params, directory, tmp_path
+):
+  save_hf(network, params, directory, tmp_path / "export")
+  got = safetensors.numpy.load_file(tmp_path / "export/model.safetensors")
+  expected = safetensors.numpy.load_file(directory / "model.safetensors")
+  assert_equal(got, expected)
+
+
+def test_an_export_replaces_an_earlier_one_and_leaves_nothing_beside(
+  network, params, directory, tmp_path
+):
+  for _ in range(2):
+    save_hf(network, params, directory, tmp_path / "export")
+  assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_an_export_does_not_replace_what_is_no_model(
+  network, params, directory, tmp_path
+):
+  (tmp_path / "thesis.tex").write_text("")
+  with pytest.raises(ValueError, match="no model directory"):
+    save_hf(network, params, directory, tmp_path)
+
+
+def test_an_export_in_bfloat16_says_so(directory, tmp_path):
+  network = load_network(
+    directory, dtype="bfloat16", param_dtype="bfloat16", remat="none"
+  )
+  params = load_params(network, directory)
+  save_hf(network, params, directory, tmp_path / "export")
+  model = AutoModelForImageTextToText.from_pretrained(tmp_path / "export")
+  assert model.dtype == torch.bfloat16
+
+
+# -- mishaps -----------------------------------------------------------------
+
+
+def test_a_missing_directory_is_named(tmp_path):
+  with pytest.raises(ValueError, match=r"nowhere/config.json: no such file"):
+    load(tmp_path / "nowhere")
+
+
+def test_another_family_is_named(own):
+  edit_config(own, lambda raw: raw.update(model_type="llava"))
+  with pytest.raises(ValueError, match="llava"):
+    load(own)
+
+
+def test_a_pickled_checkpoint_is_refused(own):
+  (own / "model.safetensors").rename(own / "pytorch_model.bin")
+  with pytest.raises(ValueError, match=r"pytorch_model.bin is not read"):
+    load(own)
+
+
+def test_a_missing_tensor_is_named(own):
+  edit_tensors(own, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+  with pytest.raises(ValueError, match=r"lacks .*layers.1.mlp.up_proj.weight"):
+    load(own)
+
+
+def test_an_unknown_tensor_is_named(own):
+  edit_tensors(own, lambda t: t.update(extra=np.zeros(3)))
+  with pytest.raises(ValueError, match=r"beside .* extra"):
+    load(own)
+
+
+def test_a_mis_shaped_tensor_is_named(own):
+  def cut(tensors):
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].copy()
+
+  edit_tensors(own, cut)
+  with pytest.raises(ValueError, match=r"model.norm.weight has shape \[63\]"):
+    load(own)
+
+
+def test_a_file_cut_short_is_named(own):
+  path = own / "model.safetensors"
+  path.write_bytes(path.read_bytes()[:-100])
+  with pytest.raises(ValueError, match=r"model.safetensors: damaged or cut"):
+    load(own)
+
+
+def test_a_missing_shard_is_named(hf, tmp_path):
+  hf.save_pretrained(tmp_path, max_shard_size="100KB")
+  lost = sorted(tmp_path.glob("*.safetensors"))[1]
+  lost.unlink()
+  with pytest.raises(ValueError, match=lost.name):
+    load(tmp_path)
