@@ -81,8 +81,8 @@ class Display:
     self._bars.stop()
 
   def print(self, *renderables: RenderableType) -> None:
-    """Prints above the bars."""
-    self.console.print(*renderables)
+    """Prints above the bars; [brackets] in text are text."""
+    self.console.print(*renderables, markup=False)
 
   @contextlib.contextmanager
   def stage(self, name: str, *, steps: int, done: int) -> Iterator[None]:

@@ -95,8 +95,8 @@ class Logger:
 
   Args:
     workdir: where the records go; made if it is missing.
-    resume_step: global step of the restored checkpoint, 0 for a new run.
-      Records of later steps are cut off; they will be made again.
+    resume_step: global step of the restored checkpoint, -1 where there is
+      none. Records of later steps are cut off; they will be made again.
     tensorboard: whether to write TensorBoard events.
     wandb_project: Weights & Biases project; None: no W&B.
     primary: whether this host writes; the others only check arguments.
@@ -240,11 +240,14 @@ def write_aside(file: Path, content: bytes) -> None:
   """Replaces a file in one step: a reader sees the old or the new one."""
   file = pathlib.Path(file)
   aside = file.with_name(f".{file.name}.{os.getpid()}")
-  with open(aside, "wb") as stream:
-    stream.write(content)
-    stream.flush()
-    os.fsync(stream.fileno())
-  os.replace(aside, file)
+  try:
+    with open(aside, "wb") as stream:
+      stream.write(content)
+      stream.flush()
+      os.fsync(stream.fileno())
+    os.replace(aside, file)
+  finally:
+    aside.unlink(missing_ok=True)
 
 
 def _lines(file: pathlib.Path) -> Iterator[tuple[bytes, Record]]:
