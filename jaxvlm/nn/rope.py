@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 def _frequencies(size: int, theta: float) -> Float[np.ndarray, " F"]:
   """HF's inv_freq in float32: theta ** (-2 i / size), i < size / 2."""
   exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-  return (np.float32(1) / np.float32(theta) ** exponents).astype(np.float32)
+  # numpy's float32 power is an ulp off torch's, which far positions magnify.
+  powers = np.power(theta, exponents, dtype=np.float64).astype(np.float32)
+  return np.float32(1) / powers
 
 
 def vision_angles(

@@ -80,14 +80,16 @@ def both(network, questions, completions, prompts):
   for (q, g), where in columns.items():
     np.add.at(t_weight[q], where, weight[q, g, : len(where)])
 
-  def hidden(params, ids, positions, branches, index):
-    features = network.encode(params, prompts.vision)
+  def hidden(network, params, vision, ids, positions, branches, index):
+    features = network.encode(params, vision)
     embeds = network.embed(params, ids, index, features)
     return network.forward(params, embeds, positions, branches)
 
-  def naive(params):
+  def naive(params, vision):
     x = hidden(
+      network,
       params,
+      vision,
       ids.reshape(flat),
       positions.reshape(3, *flat),
       seen.reshape(flat),
@@ -95,16 +97,30 @@ def both(network, questions, completions, prompts):
     )
     return jnp.sum(x * weight.reshape(x.shape)), x.reshape(*ids.shape, -1)
 
-  def tree(params):
-    x = hidden(params, t_ids, t_positions, branches, t_index)
+  def tree(params, vision):
+    x = hidden(
+      dataclasses.replace(network, remat="full"),
+      params,
+      vision,
+      t_ids,
+      t_positions,
+      branches,
+      t_index,
+    )
     return jnp.sum(x * t_weight), x
 
   return naive, tree, columns
 
 
-def test_tree_rows_equal_naive_rows_in_values_and_gradients(both, params):
+def test_tree_rows_with_remat_equal_naive_rows_in_values_and_gradients(
+  both, params, prompts
+):
   naive, tree, columns = both
-  run = lambda f: jax.jit(jax.value_and_grad(f, has_aux=True))(params)
+
+  def run(f):
+    gradient = jax.jit(jax.value_and_grad(f, has_aux=True))
+    return gradient(params, prompts.vision)
+
   (_, expected), expected_gradient = run(naive)
   (_, got), gradient = run(tree)
   for (q, g), where in columns.items():
@@ -113,8 +129,10 @@ def test_tree_rows_equal_naive_rows_in_values_and_gradients(both, params):
     )
 
   def close(got, expected):
-    error = jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected)
-    assert error < 1e-5, error
+    # The head takes no part: 0 <= 0.
+    got, expected = np.asarray(got), np.asarray(expected)
+    error = np.linalg.norm(got - expected)
+    assert error <= 1e-5 * np.linalg.norm(expected), error
 
   jax.tree.map(close, gradient, expected_gradient)
 
@@ -138,23 +156,22 @@ def test_a_completion_never_sees_its_sibling(
   assert moved[(branches != 1) & (branches >= 0)].max() == 0
 
 
-def test_remat_changes_no_gradient(both, network, params, prompts):
-  def loss(params, network):
+@pytest.mark.parametrize(("remat", "times"), [("none", 0), ("full", 2)])
+def test_full_remat_wraps_the_layers_of_tower_and_decoder(
+  network, params, prompts, remat, times
+):
+  network = dataclasses.replace(network, remat=remat)
+
+  def run(params):
     features = network.encode(params, prompts.vision)
     embeds = network.embed(
       params, prompts.prompt_ids, prompts.vision_index, features
     )
-    branch_ids = jnp.where(prompts.prompt_mask, 0, -1)
-    hidden = network.forward(params, embeds, prompts.position_ids, branch_ids)
-    return jnp.sum(hidden**2 * prompts.prompt_mask[:, :, None])
+    return network.forward(
+      params, embeds, prompts.position_ids, prompts.prompt_ids
+    )
 
-  run = jax.jit(jax.grad(loss), static_argnums=1)
-  full = dataclasses.replace(network, remat="full")
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-2),
-    run(params, network),
-    run(params, full),
-  )
+  assert str(jax.make_jaxpr(run)(params)).count("prevent_cse=") == times
 
 
 def test_decoding_equals_the_forward_pass(
@@ -238,7 +255,7 @@ def test_no_gather_crosses_lanes(network, directory):
     assert collective not in text
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_a_mesh_changes_nothing(network, params, directory, sizes):
   data, fsdp, tensor = sizes
   mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)

@@ -97,14 +97,14 @@ def test_every_gradient_equals_torch(
 
   @jax.jit
   @jax.grad
-  def gradient(params):
+  def gradient(params, prompts):
     logits = logits_of(network, params, prompts)[:, :-1]
     logprobs = jax.nn.log_softmax(logits)
     targets = prompts.prompt_ids[:, 1:, None]
     chosen = jnp.take_along_axis(logprobs, targets, axis=-1)[..., 0]
     return jnp.sum(jnp.where(prompts.prompt_mask[:, 1:], chosen, 0.0))
 
-  got = gradient(params)
+  got = gradient(params, prompts)
   compared = set()
   for weight in pretrained.weights(network):
     leaf = got
@@ -133,7 +133,7 @@ def test_greedy_tokens_equal_generate(
     )[:, inputs["input_ids"].shape[1] :].numpy()
 
   @jax.jit
-  def generate(params):
+  def generate(params, prompts):
     features = network.encode(params, prompts.vision)
     embeds = network.embed(
       params, prompts.prompt_ids, prompts.vision_index, features
@@ -169,7 +169,7 @@ def test_greedy_tokens_equal_generate(
     _, ids = jax.lax.scan(step, state, jnp.arange(new))
     return jnp.moveaxis(ids, 0, -1)
 
-  got = np.asarray(generate(params))
+  got = np.asarray(generate(params, prompts))
   np.testing.assert_array_equal(got[:, 0], expected)
   np.testing.assert_array_equal(got[:, 1], expected)
 
