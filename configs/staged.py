@@ -67,4 +67,133 @@ def _file() -> dict[str, object]:
 
 def tiny() -> ConfigDict:
   """A model of 0.6 M weights that is made, warmed up and trained on the spot."""
-  raise NotImplementedError
+  config = common.base(
+    workdir="runs/staged", schedule=("warm_start", *CAPABILITIES)
+  )
+  config.model.scratch = {
+    "text_config": {
+      "hidden_size": 96,
+      "num_hidden_layers": 3,
+      "num_attention_heads": 4,
+      "num_key_value_heads": 2,
+      "intermediate_size": 192,
+      "rms_norm_eps": 1e-6,
+      "rope_theta": 10.0,  # prompts are short: each axis turns within them
+      "rope_scaling": {"type": "mrope", "mrope_section": (4, 4, 4)},
+      "max_position_embeddings": 512,
+      "initializer_range": 0.1,
+    },
+    "vision_config": {
+      "depth": 2,
+      "hidden_size": 96,
+      "num_heads": 4,
+      "intermediate_size": 192,
+      "patch_size": 14,
+      "temporal_patch_size": 2,
+      "spatial_merge_size": 2,
+      "window_size": 28,  # the first block looks at one cell at a time
+      "fullatt_block_indexes": (1,),
+      "tokens_per_second": 2,
+      "initializer_range": 0.1,
+    },
+    "tower_steps": 100,
+    "tower_images": 64,
+    "tower_learning_rate": 1e-2,
+  }
+  config.inputs.max_prompt_length = 64
+  config.checkpoint.every = 40
+  config.evaluation.update(
+    {
+      "capabilities": ("perception", "visual_reasoning", "textual_reasoning"),
+      "sets": {
+        name: {
+          "reward": "exact",
+          "data": _world(name, split="test", size=384, seed=0),
+        }
+        for name in ("perception", "visual_reasoning", "textual_reasoning")
+      },
+      "batch_questions": 128,
+      "max_completion_length": 16,
+    }
+  )
+  config.stages.warm_start = common.stage(
+    kind="sft",
+    data={
+      "worlds": _world(
+        "warm_start",
+        split="train",
+        size=24_000,
+        seed=0,
+        errors={
+          "perception": 0.45,
+          "visual_reasoning": 0.25,
+          "textual_reasoning": 0.25,
+        },
+        tasks={
+          "describe": 3.0,
+          "color": 0.7,
+          "shape": 0.7,
+          "digit": 1.3,
+          "where": 1.5,
+          "sum": 1.0,
+          "difference": 0.7,
+          "largest": 1.0,
+          "smallest": 0.7,
+          "calc": 1.2,
+          "larger": 0.5,
+          "smaller": 0.5,
+        },
+      )
+    },
+    steps=360,
+    rollout_questions=64,
+    update_questions=64,
+    updates_per_rollout=1,
+    microbatches=1,
+    max_completion_length=16,
+    learning_rate=1e-2,
+    lr_schedule="cosine",
+    lr_warmup=20,
+    lr_final=0.1,
+  )
+  config.stages.warm_start.optimizer.update({"name": "muon", "b2": 0.99})
+  for stage, capability, longest in (
+    ("visual_perception", "perception", 8),
+    ("visual_reasoning", "visual_reasoning", 16),
+    ("textual_reasoning", "textual_reasoning", 16),
+  ):
+    config.stages[stage] = common.stage(
+      data={"worlds": _world(capability, split="train", size=8192, seed=1)},
+      rewards=(("exact", 1.0), ("format", 0.1)),
+      steps=100,
+      rollout_questions=96,
+      update_questions=32,
+      updates_per_rollout=1,
+      microbatches=1,
+      num_completions=8,
+      max_completion_length=longest,
+      clip_high=0.28,
+      kl_coef=0.0,
+      reference="none",
+      learning_rate=4e-4,
+      lr_schedule="linear",
+      lr_warmup=5,
+      advantage_eps=1e-4,
+    )
+    config.stages[stage].optimizer.b2 = 0.99
+  return config
+
+
+def _world(
+  capability: str, *, split: str, size: int, seed: int, **more: object
+) -> dict[str, object]:
+  return {
+    "source": "worlds",
+    "weight": 1.0,
+    "capability": capability,
+    "split": split,
+    "size": size,
+    "seed": seed,
+    "tasks": {},
+    "errors": {},
+  } | more

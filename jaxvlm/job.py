@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from jaxvlm import models, sharding
+from jaxvlm import models, scratch, sharding
 from jaxvlm.data import loader
 from jaxvlm.data.loader import Loader, Source
 from jaxvlm.data.processor import Processor
@@ -55,11 +55,6 @@ class Job:
   def primary(self) -> bool:
     """Whether this host writes what all hosts know."""
     return jax.process_index() == 0
-
-  @property
-  def lanes(self) -> int:
-    """Vision lanes of this host."""
-    return sharding.data_shards(self.mesh) // jax.process_count()
 
   @functools.cached_property
   def matrix_sizes(self) -> tuple[int, int]:
@@ -248,9 +243,7 @@ def _checkpoint(
     )
   directory = workdir / "scratch"
   if not directory.exists() and jax.process_index() == 0:
-    with display.task("make a checkpoint", total=None):
-      from jaxvlm import scratch
-
+    with display.task("make a checkpoint", total=1):
       scratch.make_checkpoint(directory, seed=seed, **model["scratch"])
   return directory
 

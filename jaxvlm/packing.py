@@ -16,7 +16,6 @@ def pack(
   completion_mask: np.ndarray,
   *,
   microbatches: int,
-  lanes: int,
   layout: Layout,
 ) -> Tree:
   """Packed rows of this host, every leaf with a leading microbatch axis [U].
@@ -29,14 +28,13 @@ def pack(
     completion_ids: int32 [Q G C].
     completion_mask: bool [Q G C], a prefix of True in every row.
     microbatches: U, divides Q.
-    lanes: this host's vision lanes, divides Q / U.
     layout: how the model lays out pictures.
   """
   size = len(questions) // microbatches
   groups = [questions[u * size : (u + 1) * size] for u in range(microbatches)]
   scored = completion_mask.sum((-2, -1))  # [Q]
   rows = scored + [len(q.prompt_ids) for q in questions]
-  prompts = [needed(g, lanes=lanes, layout=layout) for g in groups]
+  prompts = [needed(g, lanes=size, layout=layout) for g in groups]
   prompt_length, patches, row_width, scored_width = agree_max(
     [*np.max(prompts, axis=0), rows.max(), scored.max()]
   )
@@ -45,7 +43,7 @@ def pack(
     own = slice(u * size, (u + 1) * size)
     batch = collate(
       group,
-      lanes=lanes,
+      lanes=size,
       layout=layout,
       prompt_length=int(prompt_length),
       patches=int(patches),

@@ -139,7 +139,6 @@ def learn(
       batch.rollout.completion_ids[rows],
       mask[rows],
       microbatches=stage.microbatches,
-      lanes=job.lanes,
       layout=job.processor.layout,
     )
     tree = sharding.place(job.mesh, tree, ("microbatch",))

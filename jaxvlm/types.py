@@ -2,7 +2,7 @@
 
 Letters: Q questions, G completions a question, P prompt length, C completion
 length, T packed row length, N scored tokens of a packed row, L vision patches
-of a lane, M = L / merge**2 visual tokens, S vision lanes (data shards).
+of a lane, M = L / merge**2 visual tokens, S vision lanes.
 
 Arrays are numpy on the host and jax.Array on the device; the records are the
 same. Host-only records (`Example`, `Question`, `Scores`) are not pytrees.
@@ -62,10 +62,11 @@ def record(cls: type[T]) -> type[T]:
 
 @record
 class Vision:
-  """The pictures of a batch, packed in one lane for each data shard.
+  """The pictures of a batch, packed in S lanes beside the questions.
 
-  Lane s holds the pictures of the s-th of S equal slices of the questions.
-  Patches are in the order of Hugging Face's processor (2 x 2 merge blocks);
+  Lane s holds the pictures of the s-th of S equal slices of the questions, so
+  that no gather crosses shards. The loop gives each question a lane of its
+  own: dense attention costs the square of a lane. Patches are in the order of Hugging Face's processor (2 x 2 merge blocks);
   padding stands at the end of a lane, with segment -1.
   """
 

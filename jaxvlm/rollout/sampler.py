@@ -77,7 +77,7 @@ class Sampler:
         folded in, so that the batch's layout does not matter.
       draws: see there.
     """
-    lanes = sharding.data_shards(self._mesh) // jax.process_count()
+    lanes = len(questions)
     prompt_length, patches = sharding.agree_max(
       needed(questions, lanes=lanes, layout=self._layout)
     )
