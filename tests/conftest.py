@@ -8,6 +8,184 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from jaxvlm import sharding
+from jaxvlm.data.vision_layout import Layout, mrope_positions
+from jaxvlm.models import Network, qwen2_5_vl
+from jaxvlm.rollout.sampler import Draws, Sampler
+from jaxvlm.types import Example, Question
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+IMAGE = 5
+CONFIG = {
+  "model_type": "qwen2_5_vl",
+  "image_token_id": IMAGE,
+  "video_token_id": 6,
+  "vision_start_token_id": 3,
+  "vision_end_token_id": 4,
+  "tie_word_embeddings": True,
+  "text_config": {
+    "max_position_embeddings": 512,
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+    "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+  },
+  "vision_config": {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "intermediate_size": 48,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "tokens_per_second": 2,
+    "fullatt_block_indexes": [1],
+    "window_size": 56,
+  },
+}
+# The pictures of each question, as rows and columns of patches.
+GRIDS = (
+  [(4, 6), (2, 2)],
+  [(4, 4)],
+  [],
+  [(2, 4)],
+  [(2, 2), (2, 2), (4, 2)],
+  [(4, 6)],
+  [],
+  [(2, 6), (2, 4)],
+)
+
+
+@pytest.fixture(scope="session")
+def network():
+  return Network(
+    config=qwen2_5_vl.Config.from_hf(CONFIG),
+    dtype="float32",
+    param_dtype="float32",
+    remat="none",
+  )
+
+
+@pytest.fixture(scope="session")
+def layout():
+  return Layout.from_config(CONFIG)
+
+
+@pytest.fixture(scope="session")
+def params(network):
+  """Weights on the host, every bias and norm among them far from flat."""
+  random = np.random.default_rng(0)
+  flat = traverse_util.flatten_dict(network.init(0))
+  return traverse_util.unflatten_dict(
+    {
+      path: np.asarray(3 * x + 0.15 * random.normal(size=x.shape), np.float32)
+      for path, x in flat.items()
+    }
+  )
+
+
+@pytest.fixture(scope="session")
+def banned():
+  return np.isin(np.arange(50), [3, 4, 5, 6, 48, 49])
+
+
+@pytest.fixture(scope="session")
+def questions(layout):
+  """Eight: two pictures of unlike sizes, one, none, three small ones, ..."""
+  random = np.random.default_rng(1)
+  made = []
+  for i, sizes in enumerate(GRIDS):
+    grids = np.array([(1, *size) for size in sizes], np.int32).reshape(-1, 3)
+    ids = [7, 8, 20 + i]
+    for _, h, w in grids.tolist():
+      ids += [3, *[IMAGE] * (h * w // 4), 4]
+    ids = np.array(ids + [10, 30] * (i % 3 == 2), np.int32)
+    patches = int(grids.prod(axis=1).sum())
+    made.append(
+      Question(
+        question_id=100 + i,
+        example=Example(problem=f"question {i}", answer="x"),
+        prompt_ids=ids,
+        position_ids=mrope_positions(ids, grids, layout),
+        pixel_values=random.normal(size=(patches, 1176)).astype(np.float32),
+        image_grid_thw=grids,
+      )
+    )
+  return made
+
+
+@pytest.fixture(scope="session")
+def mesh():
+  """One device."""
+  return make_mesh(1, 1, 1)
+
+
+@pytest.fixture(scope="session", name="make_mesh")
+def make_mesh_fixture():
+  return make_mesh
+
+
+def make_mesh(*sizes):
+  devices = np.array(jax.devices()[: np.prod(sizes)])
+  return Mesh(devices.reshape(sizes), sharding.AXES)
+
+
+@pytest.fixture(scope="session")
+def place_params(network):
+  """Puts weights on a mesh, each time anew: an update consumes them."""
+
+  def place(params, mesh):
+    return jax.tree.map(
+      lambda x, axes: jax.device_put(x, sharding.sharding(mesh, axes, x.shape)),
+      params,
+      network.axes(),
+    )
+
+  return place
+
+
+@pytest.fixture(scope="session")
+def make_sampler(network, layout, banned):
+  def make(mesh):
+    return Sampler(
+      network=network,
+      mesh=mesh,
+      eos_ids=(11, 12, 13, 14, 15, 16),
+      pad_id=0,
+      banned=banned,
+      layout=layout,
+    )
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def draws():
+  return Draws(
+    num_completions=3,
+    max_completion_length=8,
+    temperature=0.7,
+    top_k=0,
+    top_p=1.0,
+  )
+
+
+@pytest.fixture(scope="session")
+def rollout(make_sampler, place_params, params, mesh, questions, draws):
+  """Three completions of every question, sampled on one device."""
+  sampler = make_sampler(mesh)
+  weights = sampler.weights(place_params(params, mesh))
+  return sampler.sample(weights, questions, key=jax.random.key(0), draws=draws)

@@ -1,0 +1,148 @@
+"""Meshes, the table of logical axes, and arrays between host and devices."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxvlm import sharding
+from jaxvlm.data.vision_layout import collate
+
+
+def test_a_size_of_minus_one_takes_what_is_left():
+  mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+  assert sharding.data_shards(mesh) == 4
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ((2, 2, 1), r"mesh: \{'data': 2.*does not make 8 devices.*product is 8"),
+    ((-1, 3, 1), r"mesh: \{'data': -1.*does not make 8 devices"),
+    ((-1, -1, 1), "at most one is -1"),
+    ((8, 0, 1), "sizes are positive"),
+    ((-2, 4, 1), "sizes are positive"),
+  ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
+  data, fsdp, tensor = sizes
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def test_logical_axes_map_to_the_mesh_by_the_table():
+  assert sharding.spec(("layer", "embed", "heads", None)) == PartitionSpec(
+    None, "fsdp", "tensor", None
+  )
+  assert sharding.spec(("question", None)) == PartitionSpec(
+    ("data", "fsdp"), None
+  )
+
+
+@pytest.mark.parametrize(
+  ("axes", "message"),
+  [
+    (("heads", "mlp"), "'heads' and 'mlp'.*both fall on mesh axis 'tensor'"),
+    (("question", "embed"), "'question' and 'embed'.*mesh axis 'fsdp'"),
+    (("embd",), "no logical axis 'embd'; there are .*'embed'"),
+  ],
+)
+def test_axes_that_collide_or_are_unknown_are_refused(axes, message):
+  with pytest.raises(ValueError, match=message):
+    sharding.spec(axes)
+
+
+def test_a_dimension_that_does_not_divide_is_replicated(make_mesh):
+  mesh = make_mesh(1, 4, 2)
+  placed = sharding.sharding(mesh, ("embed", "heads"), (6, 4))
+  assert placed.spec == PartitionSpec(None, "tensor")
+
+
+def test_every_weight_has_axes_that_the_table_places(network, make_mesh):
+  mesh = make_mesh(2, 2, 2)
+  split = jax.tree.map(
+    lambda axes, shape: (
+      not sharding.sharding(mesh, axes, shape.shape).is_fully_replicated
+    ),
+    network.axes(),
+    network.shapes(),
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  assert split["language_model"]["layers"]["self_attn"]["q_proj"]["kernel"]
+  assert split["visual"]["merger"]["linear_fc2"]["kernel"]
+  assert not split["language_model"]["norm"]["weight"]
+
+
+def test_constrain_acts_where_a_mesh_is_in_use_alone(make_mesh):
+  def split(x):
+    return jax.jit(lambda x: sharding.constrain(x, "question", None) + 0)(x)
+
+  x = jnp.zeros((8, 2))
+  with sharding.use(make_mesh(8, 1, 1)):
+    inside = split(x)
+  assert inside.sharding.shard_shape(x.shape) == (1, 2)
+  assert split(x).sharding.shard_shape(x.shape) == (8, 2)
+
+
+def test_a_batch_comes_back_from_the_devices_as_it_went(
+  make_mesh, questions, layout
+):
+  mesh = make_mesh(2, 2, 2)
+  prompts = collate(questions, lanes=8, layout=layout)
+  placed = sharding.place(mesh, prompts)
+  assert placed.prompt_ids.sharding.shard_shape((8, 16)) == (2, 16)
+  # Axes stand before the questions in this array alone.
+  assert placed.position_ids.sharding.shard_shape((3, 8, 16)) == (3, 2, 16)
+  lanes = placed.vision.pixel_values
+  assert lanes.sharding.shard_shape(lanes.shape)[0] == 2
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(sharding.to_host(a), b),
+    placed,
+    prompts,
+  )
+
+
+def test_a_leading_axis_is_not_split(make_mesh):
+  mesh = make_mesh(4, 2, 1)
+  placed = sharding.place(mesh, np.zeros((2, 8, 3)), ("microbatch",))
+  assert placed.sharding.shard_shape((2, 8, 3)) == (2, 1, 3)
+
+
+def test_to_host_takes_this_hosts_rows_once_and_in_order():
+  def shard(start, value):
+    return types.SimpleNamespace(
+      index=(slice(start, None), slice(None)), data=np.full((2, 3), value)
+    )
+
+  array = types.SimpleNamespace(
+    is_fully_addressable=False,
+    addressable_shards=[shard(6, 1), shard(4, 0), shard(6, 1), shard(4, 0)],
+  )
+  np.testing.assert_array_equal(
+    sharding.to_host(array), np.repeat([[0] * 3, [1] * 3], 2, axis=0)
+  )
+
+
+def test_hosts_agree_on_the_largest_and_add_their_sums(monkeypatch):
+  np.testing.assert_array_equal(sharding.agree_max([3, 1]), [3, 1])
+  np.testing.assert_array_equal(sharding.sum_over_hosts([3, 1]), [3, 1])
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(
+    sharding.multihost_utils,
+    "process_allgather",
+    lambda x: np.stack([x, np.array([2, 5])]),
+  )
+  np.testing.assert_array_equal(sharding.agree_max([3, 1]), [3, 5])
+  np.testing.assert_array_equal(sharding.sum_over_hosts([3, 1]), [5, 6])
+
+
+def test_a_replicated_array_is_whole_on_the_host(make_mesh):
+  everywhere = NamedSharding(make_mesh(8, 1, 1), PartitionSpec())
+  array = jax.device_put(np.arange(6.0).reshape(2, 3), everywhere)
+  np.testing.assert_array_equal(
+    sharding.to_host(array), np.arange(6.0).reshape(2, 3)
+  )
