@@ -166,7 +166,14 @@ def _write_settings(
   tower = config.vision_config
   end = tokenizer.token_to_id("<|im_end|>")
   padding = tokenizer.token_to_id("<|endoftext|>")
-  _write_json(directory / "config.json", config.to_hf())
+  raw = config.to_hf()
+  # Where they are missing transformers takes those of the published vocabulary.
+  raw["text_config"] |= {
+    "bos_token_id": padding,
+    "eos_token_id": end,
+    "pad_token_id": padding,
+  }
+  _write_json(directory / "config.json", raw)
   _write_json(
     directory / "generation_config.json",
     {"eos_token_id": [end, padding], "pad_token_id": padding},
@@ -225,7 +232,7 @@ def train_tower(
   ).make(traverse_util.flatten_dict({k: axes[k] for k in weights}, sep="/"))
   flat = traverse_util.flatten_dict(weights, sep="/")
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, learning_rate, min(20, steps), steps, 0.1 * learning_rate
+    0.0, learning_rate, steps // 5, steps, 0.1 * learning_rate
   )
 
   @jax.jit
