@@ -1,6 +1,7 @@
 """What every arm shares: the fields of a config, and the paper's settings."""
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def base(**overrides: object) -> ConfigDict:
@@ -22,10 +23,10 @@ def base(**overrides: object) -> ConfigDict:
       "inputs": {
         "max_prompt_length": 2048,  # tokens; longer rows are dropped, counted
         # Pixels of a picture after resizing; None: as the checkpoint says.
-        "min_pixels": None,
-        "max_pixels": None,
+        "min_pixels": placeholder(int),
+        "max_pixels": placeholder(int),
         "prompt_suffix": "",  # ends every user turn
-        "system_prompt": None,  # None: as the chat template has it
+        "system_prompt": placeholder(str),  # None: as the chat template has it
       },
       "rewards": {"num_workers": 2, "timeout": 10.0},  # processes, seconds
       "limits": {
@@ -37,7 +38,7 @@ def base(**overrides: object) -> ConfigDict:
         "samples_every": 10,  # steps; 0: none
         "samples": 4,
         "tensorboard": True,
-        "wandb_project": None,
+        "wandb_project": placeholder(str),
       },
       "evaluation": {
         "every": 0,  # steps within a stage; 0: at its end alone

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from jaxvlm.types import Experience, Params
 
 
 class Stopped(RuntimeError):
-  """A limit of the config ended the run; its last checkpoint is whole."""
+  """The run cannot go on, for a limit or a file; what it saved is whole."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -71,22 +72,28 @@ class Books:
   # -- taking up -------------------------------------------------------------
 
   def restore(self) -> tuple[TrainState | None, Progress, dict[str, Any]]:
-    """State, progress and loader position of the newest good checkpoint."""
-    saved = self._checkpoints.restore(self._like)
+    """State, progress and loader position of the newest good checkpoint.
+
+    Raises:
+      Stopped: there are checkpoints, and none can be read.
+    """
+    with _files_read():
+      saved = self._checkpoints.restore(self._like)
     if saved is None:
       progress, position, state = Progress(), {}, None
     else:
       state, position = saved.state, saved.loader
       progress = Progress(**saved.progress)
     log = self._job.config["log"]
-    self._logger = Logger(
-      self._job.workdir,
-      resume_step=progress.global_step if saved else -1,
-      tensorboard=log["tensorboard"],
-      wandb_project=log["wandb_project"],
-      primary=self._job.primary,
-      show=self._display.show,
-    )
+    with _files_read():
+      self._logger = Logger(
+        self._job.workdir,
+        resume_step=progress.global_step if saved else -1,
+        tensorboard=log["tensorboard"],
+        wandb_project=log["wandb_project"],
+        primary=self._job.primary,
+        show=self._display.show,
+      )
     self._stack.callback(self._logger.close)
     self._clock = time.monotonic() - progress.seconds
     return state, progress, position
@@ -97,14 +104,15 @@ class Books:
     stage = job.schedule[min(progress["stage"], len(job.schedule) - 1)]
     return job.make_learner(stage).abstract(abstract_params(job))
 
-  def finished(self, progress: Progress) -> bool:
-    """Whether nothing is left to do, the export included."""
-    done = progress.stage == len(self._job.schedule)
-    return done and self._export.exists()
+  def base(self) -> Params:
+    """The weights that the run starts from.
 
-  @property
-  def _export(self) -> Any:
-    return self._job.workdir / "hf"
+    Raises:
+      Stopped: they are no weights of this network; says which are not.
+    """
+    job = self._job
+    with _files_read():
+      return models.load_params(job.network, job.checkpoint, job.mesh)
 
   def reference(
     self, stage: Stage, params: Params, progress: Progress
@@ -114,10 +122,11 @@ class Books:
       return None
     job = self._job
     if stage.reference == "base":
-      return models.load_params(job.network, job.checkpoint, job.mesh)
+      return self.base()
     path = job.workdir / "stage_starts" / stage.name
     if progress.step:
-      return checkpoint.load_params(path, abstract_params(job))
+      with _files_read():
+        return checkpoint.load_params(path, abstract_params(job))
     # A copy, for updates reuse the memory of the weights they replace.
     start = jax.tree.map(jnp.copy, params)
     checkpoint.save_params(path, start)
@@ -196,7 +205,8 @@ class Books:
     if stage.promote == "latest":
       return params
     path = self._job.workdir / "best" / stage.name
-    return checkpoint.load_params(path, abstract_params(self._job))
+    with _files_read():
+      return checkpoint.load_params(path, abstract_params(self._job))
 
   def check_limits(
     self, stage: Stage, progress: Progress, experience: Experience
@@ -236,12 +246,13 @@ class Books:
         dropped=job.dropped,
       )
     # Last, for with it the run is finished.
-    models.save_hf(job.network, params, job.checkpoint, self._export)
+    export = export_of(job.workdir)
+    models.save_hf(job.network, params, job.checkpoint, export)
     if job.primary:
       results.print_results(
         job.workdir,
         self._display.console,
-        artefacts={"trained model": self._export},
+        artefacts={"trained model": export},
       )
 
   def _make_evaluator(self) -> Evaluator:
@@ -269,6 +280,20 @@ class Books:
       seed=job.config["seed"],
       **knobs,
     )
+
+
+def export_of(workdir: pathlib.Path) -> pathlib.Path:
+  """The trained model; once it is there, its run is finished."""
+  return workdir / "hf"
+
+
+@contextlib.contextmanager
+def _files_read() -> Iterator[None]:
+  """Lets what is wrong with a file end the run as a limit does: in a line."""
+  try:
+    yield
+  except ValueError as error:
+    raise Stopped(str(error)) from error
 
 
 def abstract_params(job: Job) -> Params:

@@ -132,29 +132,27 @@ class Checkpointer:
         is whole, and of another model or optimizer.
     """
     self.wait()
-    steps = sorted(self._manager.all_steps(), reverse=True)
-    return self._first_readable(steps, like, self._set_aside)
-
-  def restore_best(self, like: Like) -> Restored | None:
-    """The checkpoint with the highest score, the newer of equals.
-
-    Args:
-      like: as for `restore`.
-
-    Returns:
-      The checkpoint; None: none has a score.
-
-    Raises:
-      ValueError: there are such checkpoints, and none can be read.
-    """
-    self.wait()
-    ranks = [
-      (score, step)
-      for step in self._manager.all_steps()
-      if (score := self._scores.get(step)) is not None
-    ]
-    steps = [step for _, step in sorted(ranks, reverse=True)]
-    return self._first_readable(steps, like, lambda unreadable: None)
+    unreadable: list[int] = []
+    reasons = []
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        self._verify(step)
+      except ValueError as error:
+        _log.warning("The checkpoint of step %d is unreadable: %s", step, error)
+        unreadable.append(step)
+        reasons.append(f"step {step}: {error}")
+        continue
+      found = self._read(step, like)
+      if unreadable:
+        _log.warning("Going on from the checkpoint of step %d.", step)
+        self._set_aside(unreadable)
+      return found
+    if reasons:
+      raise ValueError(
+        f"{self._directory}: no checkpoint can be read. To begin anew, use "
+        "another workdir.\n  " + "\n  ".join(reasons)
+      )
+    return None
 
   def wait(self) -> None:
     """Returns when all is written.
@@ -179,31 +177,6 @@ class Checkpointer:
 
   def __exit__(self, *exception: object) -> None:
     self.close()
-
-  def _first_readable(
-    self, steps: list[int], like: Like, after: Callable[[list[int]], None]
-  ) -> Restored | None:
-    unreadable: list[int] = []
-    reasons = []
-    for step in steps:
-      try:
-        self._verify(step)
-      except ValueError as error:
-        _log.warning("The checkpoint of step %d is unreadable: %s", step, error)
-        unreadable.append(step)
-        reasons.append(f"step {step}: {error}")
-        continue
-      found = self._read(step, like)
-      if unreadable:
-        _log.warning("Going on from the checkpoint of step %d.", step)
-        after(unreadable)
-      return found
-    if reasons:
-      raise ValueError(
-        f"{self._directory}: no checkpoint can be read. To begin anew, use "
-        "another workdir.\n  " + "\n  ".join(reasons)
-      )
-    return None
 
   def _read(self, step: int, like: Like) -> Restored:
     position = self._manager.restore(
@@ -375,22 +348,17 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
 def check_config(
   workdir: str | os.PathLike[str], config: dict[str, Any]
 ) -> None:
-  """Writes config.json into a new workdir; compares it in an old one.
+  """Compares a config with the one that `write_config` wrote, if it did.
 
   Raises:
     ValueError: the config differs from that the workdir was made with; lists
       the fields, old -> new.
   """
   path = pathlib.Path(workdir) / "config.json"
-  new = json.loads(json.dumps(config))
   if not path.exists():
-    if jax.process_index() == 0:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      aside = path.with_suffix(".tmp")
-      aside.write_text(json.dumps(new, indent=2) + "\n")
-      aside.rename(path)
     return
-  before, after = _flat(json.loads(path.read_text())), _flat(new)
+  before = _flat(json.loads(path.read_text()))
+  after = _flat(json.loads(json.dumps(config)))
   changed = [
     f"  {field}: {before.get(field, 'absent')} -> {after.get(field, 'absent')}"
     for field in sorted(before.keys() | after.keys())
@@ -401,6 +369,16 @@ def check_config(
       f"{path.parent}: was made with another config. Use another workdir, or "
       "the old values of\n" + "\n".join(changed)
     )
+
+
+def write_config(
+  workdir: str | os.PathLike[str], config: dict[str, Any]
+) -> None:
+  """Makes a workdir that of this config, once all of it is found right."""
+  path = pathlib.Path(workdir) / "config.json"
+  aside = path.with_suffix(".tmp")
+  aside.write_text(json.dumps(config, indent=2) + "\n")
+  aside.rename(path)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

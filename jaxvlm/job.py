@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import pathlib
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -190,7 +191,7 @@ def _schedule(config: Mapping[str, Any]) -> tuple[Stage, ...]:
   stages = tuple(Stage(name=name, **config["stages"][name]) for name in names)
   for before, stage in zip((None, *stages), stages, strict=False):
     for reward, _ in stage.rewards:
-      find("rewards", reward, "reward")
+      _check_reward(f"stages.{stage.name}.rewards", reward)
     if stage.reset_optimizer or before is None:
       continue
     if (before.optimizer, before.freeze) != (stage.optimizer, stage.freeze):
@@ -199,6 +200,18 @@ def _schedule(config: Mapping[str, Any]) -> tuple[Stage, ...]:
         f"freeze differ from those of {before.name}; make them equal or reset."
       )
   return stages
+
+
+def _check_reward(field: str, name: str) -> None:
+  try:
+    find("rewards", name, "reward")
+  except ValueError as error:
+    raise ValueError(f"{field}: {error}") from error
+  except Exception as error:  # the user's code: anything
+    raise ValueError(
+      f"{field}: {name} fails as it is imported: "
+      f"{type(error).__name__}: {error}."
+    ) from error
 
 
 def _check_evaluation(
@@ -216,7 +229,8 @@ def _check_evaluation(
         f"evaluation.capabilities: no set {name!r}; there are "
         f"{', '.join(evaluation['sets'])}."
       )
-    find("rewards", evaluation["sets"][name]["reward"], "reward")
+    field = f"evaluation.sets.{name}.reward"
+    _check_reward(field, evaluation["sets"][name]["reward"])
   for stage in schedule:
     if stage.promote == "latest":
       continue
@@ -234,6 +248,11 @@ def _checkpoint(
   model: Mapping[str, Any], seed: int, workdir: pathlib.Path, display: Display
 ) -> pathlib.Path:
   """The HF directory to start from; made first where the config says so."""
+  for field in ("dtype", "param_dtype"):
+    if model[field] not in ("float32", "bfloat16"):
+      raise ValueError(
+        f"model.{field}: got {model[field]!r}; expected float32 or bfloat16."
+      )
   if model["checkpoint"]:
     return pathlib.Path(model["checkpoint"]).expanduser()
   if not model["scratch"]:
@@ -242,7 +261,10 @@ def _checkpoint(
       "Qwen2.5-VL model (config.json, *.safetensors, tokenizer)."
     )
   directory = workdir / "scratch"
-  if not directory.exists() and jax.process_index() == 0:
+  # Before the run's config was found right, another may have made this.
+  made = directory.exists() and (workdir / "config.json").exists()
+  if not made and jax.process_index() == 0:
+    shutil.rmtree(directory, ignore_errors=True)
     with display.task("make a checkpoint", total=1):
       scratch.make_checkpoint(directory, seed=seed, **model["scratch"])
   return directory

@@ -1,15 +1,19 @@
 """`python -m jaxvlm.main --config=configs/staged.py` runs a schedule."""
 
 import contextlib
+import os
 import pathlib
+import re
 import sys
+
+# Without PyTorch, transformers says that it has no models; none is asked for.
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from jaxvlm import checkpoint, job, train
-from jaxvlm.books import Stopped
+from jaxvlm import books, checkpoint, job, train
 from jaxvlm.display import Display, make_console
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -22,30 +26,81 @@ _DISTRIBUTED = flags.DEFINE_bool(
 
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    sys.exit(f"jaxvlm: unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   config = _CONFIG.value.to_dict()
-  workdir = pathlib.Path(config["workdir"]).expanduser().absolute()
+  # Where a run lies is no part of it: a workdir may be moved.
+  workdir = pathlib.Path(config.pop("workdir")).expanduser().absolute()
   with contextlib.ExitStack() as stack:
     display = stack.enter_context(Display(make_console()))
     try:
       if jax.process_index() == 0:
         stack.enter_context(checkpoint.lock(workdir))
         checkpoint.check_config(workdir, config)
+      if books.export_of(workdir).exists():
+        display.print(f"This run is finished; its results are in {workdir}.")
+        return
       prepared = job.prepare(config, workdir, display)
-    except ValueError as error:
+      if jax.process_index() == 0 and not (workdir / "config.json").exists():
+        checkpoint.write_config(workdir, config)
+    except (OSError, ValueError) as error:
       sys.exit(f"jaxvlm: {error}")
     try:
       train.run(prepared, display)
-    except Stopped as error:
+    except (OSError, books.Stopped) as error:
       sys.exit(f"jaxvlm: stopped: {error}")
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Reads the flags; what is wrong with one is said in a line."""
+  try:
+    rest = flags.FLAGS(argv)
+    _CONFIG.value.is_locked  # noqa: B018, a missing file raises at its first use
+    return rest
+  except (AttributeError, KeyError) as error:
+    unknown = _unknown_field(argv)
+    if unknown is None:
+      raise  # the config file's own
+    raise SystemExit(f"jaxvlm: {unknown}") from error
+  except OSError as error:
+    file = _config_file(argv).partition(":")[0]
+    if pathlib.Path(file).exists():
+      raise  # the config file's own
+    raise SystemExit(f"jaxvlm: {file}: no such config file.") from error
+  except flags.Error as error:
+    # What a config file raises comes wrapped twice, with a traceback each.
+    root: BaseException = error
+    while isinstance(root, flags.Error | ValueError) and root.__context__:
+      root = root.__context__
+    told = root if "Error whilst parsing config" in str(error) else error
+    raise SystemExit(f"jaxvlm: {told}") from error
+
+
+def _config_file(argv: list[str]) -> str:
+  """The value of --config."""
+  found = re.search(r"^--?config[=\n](.*)$", "\n".join(argv), re.MULTILINE)
+  return found.group(1) if found else ""
+
+
+def _unknown_field(argv: list[str]) -> str | None:
+  """The first --config.* that names no field, and what there is."""
+  config = flags.FLAGS["config"].parser.parse(_config_file(argv))
+  for argument in argv[1:]:
+    field = re.match(r"--?(?:no)?(config\.[\w.]+)", argument)
+    owner, here = config, "config"
+    for name in field.group(1).split(".")[1:] if field else ():
+      if not isinstance(owner, ConfigDict) or name not in owner:
+        there = ", ".join(owner) if isinstance(owner, ConfigDict) else "none"
+        return f"--{here}: no field {name!r}; there are {there}."
+      owner, here = owner[name], f"{here}.{name}"
+  return None
 
 
 def cli() -> None:
   flags.mark_flag_as_required("config")
-  app.run(main)
+  app.run(main, flags_parser=_parse)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from jaxvlm import models
 from jaxvlm.books import Books
 from jaxvlm.display import Display
 from jaxvlm.job import Job
@@ -28,18 +27,16 @@ def run(job: Job, display: Display) -> None:
   """Runs the schedule, from the newest checkpoint if there is one.
 
   Raises:
-    Stopped: a limit of the config was reached.
+    Stopped: a limit of the config was reached, or a file cannot be read.
+    OSError: a file cannot be written, as on a full disk.
   """
   sampler, timers = job.make_sampler(), Timers()
   every = job.config["checkpoint"]["every"]
   evaluate_every = job.config["evaluation"]["every"]
   with Books(job, display, sampler) as books:
     state, progress, position = books.restore()
-    if books.finished(progress):
-      display.print(f"This run is finished; its results are in {job.workdir}.")
-      return
     if state is None:
-      params = models.load_params(job.network, job.checkpoint, job.mesh)
+      params = books.base()
       books.evaluate("start", params, progress, None)
       state = job.make_learner(job.schedule[0]).init(params)
       position = job.make_loader(0).get_state()
