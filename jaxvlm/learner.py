@@ -109,14 +109,17 @@ class _Program:
 
 
 def _matrix(axes: tuple[str | None, ...]) -> Any:
-  """Muon's view of a weight [in, out], [in, N, H] or [N, H, in]; else None."""
+  """Muon's view of a weight [in, out], [in, N, H] or [N, H, in]; else None.
+
+  Layers, and q, k and v where one weight holds them, are matrices of their own.
+  """
   if "vocab" in axes:
     return None
   head = [i for i, a in enumerate(axes) if a in ("heads", "kv_heads")]
   groups = [
     (i, i + 1) if i in head else (i,)
     for i, a in enumerate(axes)
-    if a != "layer" and i - 1 not in head
+    if a not in ("layer", None) and i - 1 not in head
   ]
   if len(groups) != 2:
     return None
@@ -321,7 +324,7 @@ def _update(
   metrics = jax.tree.map(lambda x: x.sum(0), metrics)
   tokens = jnp.sum(experience.completion_mask, dtype=jnp.float32)
   grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), total)
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm)
 
   step, opt_state = program.transformation().update(

@@ -17,6 +17,7 @@ import functools
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import overload
 
 import numpy as np
 
@@ -34,6 +35,7 @@ COLORS = {
 SHAPES = ("circle", "cross", "square", "triangle")
 DIGITS = tuple("0123456789")
 EMPTY = "empty"
+CAPTION = "describe"  # the task, and how it is asked for
 THINGS = (EMPTY, *SHAPES, *DIGITS)
 SPLITS = {"train": range(0, 8), "dev": range(8, 9), "test": range(9, 10)}
 
@@ -62,6 +64,7 @@ def source(
   seed: int,
   tasks: Mapping[str, float],
   errors: Mapping[str, float],
+  captions: int,
 ) -> Sequence[Example]:
   """Examples of one capability.
 
@@ -73,6 +76,7 @@ def source(
     seed: of the questions; another seed gives other questions of the split.
     tasks: how often each task comes, in any unit; {}: all alike.
     errors: how often the teacher errs in each capability (warm_start only).
+    captions: so many examples at the front are captions (warm_start only).
 
   Raises:
     ValueError: unknown capability, split or task, or no size.
@@ -100,6 +104,8 @@ def source(
       f"worlds: errors are given for {sorted(errors)}; warm_start takes "
       f"{', '.join(TASKS)}, the others none."
     )
+  if captions and capability != "warm_start":
+    raise ValueError(f"worlds: captions is {captions}; {capability} has none.")
   weights = dict(tasks) or dict.fromkeys(known, 1.0)
   return _Worlds(
     capability=capability,
@@ -108,6 +114,7 @@ def source(
     seed=seed,
     weights=weights,
     errors=dict(errors),
+    captions=captions,
   )
 
 
@@ -119,16 +126,25 @@ class _Worlds(Sequence[Example]):
   seed: int
   weights: dict[str, float]
   errors: dict[str, float]
+  captions: int
 
   def __len__(self) -> int:
     return self.size
 
-  def __getitem__(self, index: int) -> Example:
+  @overload
+  def __getitem__(self, index: int) -> Example: ...
+  @overload
+  def __getitem__(self, index: slice) -> Sequence[Example]: ...
+  def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(self.size))]
     if not 0 <= index < self.size:
       raise IndexError(f"worlds: {index} of {self.size}")
     name = f"{self.capability}/{self.split}/{self.seed}/{index}"
     rng = random.Random(name)
     task = rng.choices(list(self.weights), list(self.weights.values()))[0]
+    if index < self.captions:
+      task = CAPTION
     home, make = _makers()[task]
     draft = make(rng)
     while _bucket(draft) not in SPLITS[self.split]:
@@ -136,7 +152,7 @@ class _Worlds(Sequence[Example]):
     response = None
     if self.capability == "warm_start":
       response = draft.respond(rng, self.errors.get(home, 0.0))
-    images = ()
+    images: tuple[np.ndarray, ...] = ()
     if draft.scene is not None:
       images = (draw(draft.scene, self.split, rng.getrandbits(32)),)
     return Example(
@@ -187,6 +203,7 @@ def words() -> list[str]:
     seed=0,
     tasks={},
     errors=dict.fromkeys(TASKS, 0.0),
+    captions=0,
   )
   found: set[str] = set()
   for i in range(len(examples)):
@@ -258,9 +275,13 @@ def _where(rng: random.Random) -> Draft:
     scene = _scene(rng, {place: cell})
 
   def respond(rng: random.Random, error: float) -> str:
-    others = [name for name in NAMES if name != NAMES[place]]
-    said = rng.choice(others) if rng.random() < error else NAMES[place]
-    return _reason([cell[1], thing, said], said)
+    said = [other[0] for other in scene]
+    if rng.random() < error:
+      other = rng.choice([i for i in range(len(NAMES)) if i != place])
+      said[place], said[other] = said[other], said[place]
+    found = said.index(thing)
+    looks = zip(NAMES[: found + 1], said, strict=False)
+    return _reason([word for look in looks for word in look], NAMES[found])
 
   return Draft(
     problem=f"where {thing} ?",
@@ -279,12 +300,14 @@ def _count(rng: random.Random) -> Draft:
       cells[i] = rng.choice(rng.choice((SHAPES, DIGITS))), color
 
   def respond(rng: random.Random, error: float) -> str:
-    said = [
-      name
-      for name, cell in zip(NAMES, cells, strict=True)
-      if (cell[1] == color) != (rng.random() < error / len(NAMES))
-    ][:3]
-    return _reason(said, str(len(said)))
+    said = [cell[1] or EMPTY for cell in cells]
+    if rng.random() < error:
+      said[rng.randrange(len(NAMES))] = rng.choice([*COLORS, color])
+    trace: list[str] = []
+    for i, name in enumerate(NAMES):
+      so_far = said[: i + 1].count(color)
+      trace += [name, said[i], str(so_far)]
+    return _reason(trace, said.count(color))
 
   return Draft(
     problem=f"count {color} ?",
@@ -415,27 +438,19 @@ def _compare(rng: random.Random, word: str) -> Draft:
   )
 
 
-# Captions of all cells in random order; never wrong. Naming the cell first
-# teaches to look where a question points, naming it last to find a thing.
-
-
-def _caption(rng: random.Random, *, name_first: bool) -> Draft:
+def _describe(rng: random.Random) -> Draft:
+  """A caption of all cells in random order, each named; never wrong."""
   scene = make_scene(rng)
 
   def respond(rng: random.Random, error: float) -> str:
     del error
-    said = []
-    for name, (thing, color) in zip(NAMES, scene, strict=True):
-      words = f"{color} {thing}".split()
-      said.append([name, *words] if name_first else [*words, name])
-    return " ".join(word for cell in rng.sample(said, 4) for word in cell)
+    cells = [
+      f"{name} {color} {thing}" if color else f"{name} {thing}"
+      for name, (thing, color) in zip(NAMES, scene, strict=True)
+    ]
+    return " ".join(rng.sample(cells, len(cells)))
 
-  return Draft(
-    problem="describe" if name_first else "list",
-    answer="",
-    scene=scene,
-    respond=respond,
-  )
+  return Draft(problem=CAPTION, answer="", scene=scene, respond=respond)
 
 
 TASKS: dict[str, dict[str, Callable[[random.Random], Draft]]] = {
@@ -468,11 +483,7 @@ def _makers() -> dict[str, tuple[str, Callable[[random.Random], Draft]]]:
     for home, tasks in TASKS.items()
     for name, make in tasks.items()
   }
-  captions = {
-    "describe": ("", functools.partial(_caption, name_first=True)),
-    "list": ("", functools.partial(_caption, name_first=False)),
-  }
-  return makers | captions
+  return makers | {CAPTION: ("", _describe)}
 
 
 # Drawing.
@@ -487,7 +498,7 @@ def _digit_masks() -> tuple[np.ndarray, np.ndarray]:
   ink = np.kron(digits.images / 16.0, np.ones((3, 3)))
   ink = (np.roll(ink, 1, 1) + ink + np.roll(ink, -1, 1)) / 3
   ink = (np.roll(ink, 1, 2) + ink + np.roll(ink, -1, 2)) / 3
-  return np.uint8(255 * ink), digits.target
+  return (255 * ink).astype(np.uint8), digits.target
 
 
 @functools.cache
@@ -509,7 +520,7 @@ def _shape_masks() -> dict[str, np.ndarray]:
     "square": (abs(x) < 8.5) & (abs(y) < 8.5),
     "triangle": (y < 8) & (y > -9) & (abs(x) < (y + 9) * 0.6),
   }
-  return {name: np.uint8(255 * mask) for name, mask in inside.items()}
+  return {name: (255 * mask).astype(np.uint8) for name, mask in inside.items()}
 
 
 def draw(scene: Scene, split: str, seed: int) -> np.ndarray:
@@ -534,4 +545,4 @@ def draw(scene: Scene, split: str, seed: int) -> np.ndarray:
     patch += (ink[..., None].astype(np.int32) * paint // 255).astype(np.int16)
   noise = np.random.Generator(np.random.PCG64(seed))
   picture += noise.integers(-20, 21, picture.shape, np.int16)
-  return np.uint8(picture.clip(0, 255))
+  return picture.clip(0, 255).astype(np.uint8)
