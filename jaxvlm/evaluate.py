@@ -159,6 +159,8 @@ class Evaluator:
     own: int,
   ) -> np.ndarray:
     """Scores [own G]; a reward that failed counts as wrong."""
+    if not own:  # the last batch may be another host's alone
+      return np.zeros((0, rollout.truncated.shape[1]))
     texts = decode_rollout(rollout, self._decode)[:own]
     scores = held_out.scorer.score(texts, [q.example for q in questions[:own]])
     return np.where(scores.failed[:, None], 0.0, scores.rewards)
