@@ -1,0 +1,298 @@
+"""The sampler on the real network for layouts, on a Markov chain for rules."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxvlm.models import Network
+from jaxvlm.rollout.sampler import Draws, Sampler
+from jaxvlm.types import Example, Question
+
+# -- the network: nothing but seed, step, question and column decides ----------
+
+
+@pytest.fixture(scope="module")
+def sample(make_sampler, place_params, params, draws):
+  def run(mesh, questions, key=0, **changes):
+    sampler = make_sampler(mesh)
+    weights = sampler.weights(place_params(params, mesh))
+    return sampler.sample(
+      weights,
+      questions,
+      key=jax.random.key(key),
+      draws=dataclasses.replace(draws, **changes),
+    )
+
+  return run
+
+
+def assert_same_completions(found, expected):
+  for name in ("completion_ids", "completion_mask", "truncated"):
+    np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+  np.testing.assert_allclose(
+    found.sampler_logprobs, expected.sampler_logprobs, rtol=0, atol=1e-4
+  )
+
+
+def rows(rollout, which):
+  return jax.tree.map(lambda x: x[np.asarray(which)], rollout)
+
+
+def test_completions_are_of_many_kinds(rollout, banned):
+  lengths = rollout.completion_mask.sum(-1)
+  ids = rollout.completion_ids[rollout.completion_mask]
+  assert lengths.min() < 4 and lengths.max() == 8
+  assert rollout.truncated.any() and not rollout.truncated.all()
+  assert len(np.unique(ids)) > 15
+  assert not banned[ids].any()
+  assert len(np.unique(rollout.completion_ids.reshape(24, -1), axis=0)) == 24
+
+
+def test_the_order_of_questions_does_not_matter(
+  sample, mesh, questions, rollout
+):
+  order = np.array([3, 0, 7, 5, 2, 6, 1, 4])
+  found = sample(mesh, [questions[i] for i in order])
+  assert_same_completions(found, rows(rollout, order))
+
+
+def test_another_step_draws_otherwise(sample, mesh, questions, rollout):
+  found = sample(mesh, questions, key=1)
+  same = (found.completion_ids == rollout.completion_ids).all(-1)
+  assert same.mean() < 0.2
+
+
+def test_company_and_a_shorter_limit_do_not_matter(
+  sample, mesh, questions, rollout
+):
+  """Fewer questions, narrower prompts, no pictures: the same beginnings."""
+  for which in ([3, 2], [6, 2]):
+    found = sample(mesh, [questions[i] for i in which], max_completion_length=5)
+    expected = rows(rollout, which)
+    ended = expected.completion_mask.sum(-1) <= 5
+    ended &= ~expected.truncated
+    np.testing.assert_array_equal(found.truncated, ~ended)
+    short = jax.tree.map(lambda x: x[..., :5] if x.ndim == 3 else x, expected)
+    assert_same_completions(found, dataclasses.replace(short, truncated=~ended))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_the_mesh_does_not_matter(sample, make_mesh, questions, rollout, sizes):
+  assert_same_completions(sample(make_mesh(*sizes), questions), rollout)
+
+
+def test_weights_are_cast_and_gathered_over_fsdp_alone(
+  network, make_mesh, params, place_params, banned, layout
+):
+  mesh = make_mesh(1, 4, 2)
+  placed = place_params(params, mesh)
+  sampler = Sampler(
+    network=dataclasses.replace(network, dtype="bfloat16"),
+    mesh=mesh,
+    eos_ids=(11,),
+    pad_id=0,
+    banned=banned,
+    layout=layout,
+  )
+  path = ("language_model", "layers", "mlp", "gate_proj", "kernel")
+  before, after = placed, sampler.weights(placed)
+  for key in path:
+    before, after = before[key], after[key]
+  assert before.sharding.shard_shape(before.shape) == (2, 8, 24)
+  assert after.sharding.shard_shape(after.shape) == (2, 32, 24)
+  assert after.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(after, before.astype(jnp.bfloat16))
+
+
+def test_weights_that_lie_right_are_not_copied(make_sampler, mesh, params):
+  assert make_sampler(mesh).weights(params) is params
+
+
+# -- a chain: the next token's logits are a row of a table ---------------------
+
+VOCAB, EOS, BANNED, PAD = 12, (9, 10), 11, 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain(Network):
+  """Hidden states are the last token, one-hot; the head is the table."""
+
+  def embed(self, params, ids, vision_index, features):
+    return jax.nn.one_hot(ids, VOCAB)
+
+  def prefill(self, params, embeds, position_ids, prompt_mask):
+    last = prompt_mask.sum(-1) - 1
+    hidden = jnp.take_along_axis(embeds, last[:, None, None], axis=1)[:, 0]
+    return hidden, []
+
+  def init_cache(self, Q, G, C):
+    return []
+
+  def unstack(self, params):
+    return params
+
+  def decode(
+    self, params, ids, position_ids, prompt_cache, mask, cache, column
+  ):
+    jax.debug.callback(
+      lambda *fed: FED.append(jax.device_get(fed)), ids, position_ids, column
+    )
+    return jax.nn.one_hot(ids, VOCAB), cache
+
+  def head(self, params):
+    return params["table"]
+
+
+FED = []  # (ids, position_ids, column) of every decode step
+
+
+@pytest.fixture
+def chain(network, mesh, layout):
+  """chain(table, starts, **draws): a rollout from prompts of two tokens."""
+
+  def run(table, starts, **changes):
+    FED.clear()
+    sampler = Sampler(
+      network=Chain(
+        **{
+          field.name: getattr(network, field.name)
+          for field in dataclasses.fields(network)
+        }
+      ),
+      mesh=mesh,
+      eos_ids=EOS,
+      pad_id=PAD,
+      banned=np.arange(VOCAB) == BANNED,
+      layout=layout,
+    )
+    draws = {
+      "num_completions": 2,
+      "max_completion_length": 6,
+      "temperature": 0.0,
+      "top_k": 0,
+      "top_p": 1.0,
+    }
+    rollout = sampler.sample(
+      {"table": jnp.asarray(table, jnp.float32)},
+      [question(i, start) for i, start in enumerate(starts)],
+      key=jax.random.key(0),
+      draws=Draws(**draws | changes),
+    )
+    jax.effects_barrier()
+    return rollout
+
+  return run
+
+
+def question(i, start):
+  return Question(
+    question_id=i,
+    example=Example(problem="", answer=""),
+    prompt_ids=np.array([1, start], np.int32),
+    position_ids=np.array([[40, 41]] * 3, np.int32) + 10 * i,
+    pixel_values=np.zeros((0, 1176), np.float32),
+    image_grid_thw=np.zeros((0, 3), np.int32),
+  )
+
+
+def table_of(path):
+  """Logits that make each token of `path` follow the one before it."""
+  table = np.random.default_rng(0).normal(size=(VOCAB, VOCAB))
+  for before, after in itertools.pairwise(path):
+    table[before, after] = 9.0
+  table[:, BANNED] = 20.0
+  return table
+
+
+@pytest.mark.parametrize("eos", EOS)
+def test_a_completion_ends_with_any_eos_and_its_mask_covers_it(chain, eos):
+  rollout = chain(table_of([2, 3, 4, 5, eos, 6]), [2, 4, 5])
+  expected = [[3, 4, 5, eos, 0, 0], [5, eos, 0, 0, 0, 0], [eos, 0, 0, 0, 0, 0]]
+  for g in range(2):
+    np.testing.assert_array_equal(rollout.completion_ids[:, g], expected)
+  lengths = np.array([4, 2, 1])
+  np.testing.assert_array_equal(
+    rollout.completion_mask,
+    np.broadcast_to(np.arange(6) < lengths[:, None, None], (3, 2, 6)),
+  )
+  assert not rollout.truncated.any()
+  assert (rollout.sampler_logprobs[~rollout.completion_mask] == 0).all()
+  assert (rollout.sampler_logprobs[rollout.completion_mask] < 0).all()
+
+
+def test_decoding_stops_with_the_last_completion(chain):
+  chain(table_of([2, 3, 4, 5, 9]), [2, 4])
+  assert len(FED) == 3  # the fourth token is drawn and ends the batch
+  chain(table_of([2, 3, 4, 5, 2]), [2, 4])
+  assert len(FED) == 5  # 6 tokens, the first of which is the prefill's
+
+
+def test_each_step_feeds_the_token_and_the_position_that_follow(chain):
+  chain(table_of([2, 3, 4, 5, 2]), [2])
+  for c, (ids, position_ids, column) in enumerate(FED):
+    assert column == c
+    np.testing.assert_array_equal(ids, [[[3, 4, 5, 2][c % 4]] * 2])
+    np.testing.assert_array_equal(position_ids, np.full((3, 1, 2), 42 + c))
+
+
+def test_without_eos_a_completion_is_truncated(chain):
+  rollout = chain(table_of([2, 3, 4, 5, 2]), [2, 9])
+  assert rollout.truncated[0].all()
+  assert rollout.completion_mask[0].all()
+  at_the_limit = chain(table_of([2, 3, 4, 9]), [2], max_completion_length=3)
+  assert not at_the_limit.truncated.any()
+
+
+def test_a_banned_id_is_never_sampled_however_likely(chain):
+  table = table_of([2, 3, 4, 5, 2])
+  drawn = chain(table, [2, 3], temperature=2.0, num_completions=64)
+  assert not (drawn.completion_ids == BANNED).any()
+
+
+def test_greedy_is_the_argmax_whatever_the_key(chain):
+  table = table_of([2, 3])
+  table[:, [*EOS, BANNED]] = -5.0
+  table[:, BANNED] = 20.0
+  rollout = chain(table, [2, 7], num_completions=3)
+  allowed = np.delete(table, BANNED, axis=1)
+  for q, start in enumerate([2, 7]):
+    last = start
+    for c in range(6):
+      last = int(allowed[last].argmax())
+      assert (rollout.completion_ids[q, :, c] == last).all()
+
+
+def test_temperature_divides_the_logits(chain):
+  table = np.random.default_rng(1).normal(size=(VOCAB, VOCAB)) * 1.5
+  rollout = chain(
+    table,
+    [2],
+    num_completions=6000,
+    max_completion_length=1,
+    temperature=0.5,
+  )
+  logits = np.where(np.arange(VOCAB) == BANNED, -np.inf, table[2] / 0.5)
+  share = np.exp(logits) / np.exp(logits).sum()
+  ids = rollout.completion_ids[0, :, 0]
+  counts = np.bincount(ids, minlength=VOCAB)
+  deviation = np.sqrt(6000 * share * (1 - share))
+  assert (np.abs(counts - 6000 * share) <= 4 * deviation).all()
+  np.testing.assert_allclose(
+    rollout.sampler_logprobs[0, :, 0], np.log(share[ids]), atol=1e-5
+  )
+
+
+def test_top_k_and_top_p_bound_the_draws(chain):
+  table = np.log(np.array([0.4, 0.3, 0.2, 0.1] + [1e-4] * 8))
+  table = np.tile(table, (VOCAB, 1))
+  for bounds, expected in (
+    ({"top_k": 3}, {0, 1, 2}),
+    ({"top_p": 0.65}, {0, 1}),
+    ({"top_k": 3, "top_p": 0.99}, {0, 1, 2}),
+  ):
+    drawn = chain(table, [2], num_completions=200, temperature=1.0, **bounds)
+    assert set(np.unique(drawn.completion_ids)) == expected

@@ -1,0 +1,200 @@
+"""A stage's knobs: what is refused, and what a learning rate is when."""
+
+import math
+
+import pytest
+
+from jaxvlm.stages import Ledger, Stage
+
+OPTIMIZER = {
+  "name": "adamw",
+  "b1": 0.9,
+  "b2": 0.999,
+  "weight_decay": 0.0,
+  "clip_norm": 1.0,
+}
+
+
+def make_stage(**changes):
+  return Stage(
+    **{
+      "name": "seeing",
+      "kind": "grpo",
+      "data": {"rows": {"source": "files", "weight": 1.0}},
+      "shuffle": True,
+      "rewards": (("exact", 1.0),),
+      "steps": 10,
+      "rollout_questions": 16,
+      "update_questions": 16,
+      "updates_per_rollout": 2,
+      "microbatches": 2,
+      "num_completions": 4,
+      "max_completion_length": 32,
+      "temperature": 0.8,
+      "advantage_eps": 1e-6,
+      "clip_low": 0.2,
+      "clip_high": 0.3,
+      "clip_dual": 3.0,
+      "kl_coef": 0.01,
+      "kl_limit": 20.0,
+      "reference": "stage_start",
+      "freeze": (),
+      "optimizer": OPTIMIZER,
+      "reset_optimizer": True,
+      "learning_rate": 1e-3,
+      "lr_schedule": "constant",
+      "lr_warmup": 0,
+      "lr_final": 0.0,
+      "promote": "latest",
+      "metric": "",
+      "logprob_chunk": 64,
+    }
+    | changes
+  )
+
+
+@pytest.mark.parametrize(
+  ("changes", "got", "expected"),
+  [
+    ({"kind": "ppo"}, "kind: got 'ppo'", "expected one of grpo, sft"),
+    (
+      {"reference": "start"},
+      "reference: got 'start'",
+      "expected one of stage_start, base, none",
+    ),
+    (
+      {"lr_schedule": "step"},
+      "lr_schedule: got 'step'",
+      "expected one of constant, linear, cosine",
+    ),
+    (
+      {"promote": "first"},
+      "promote: got 'first'",
+      "expected one of latest, best",
+    ),
+    ({"steps": 0}, "steps: got 0", "expected at least 1"),
+    ({"microbatches": 0}, "microbatches: got 0", "expected at least 1"),
+    ({"logprob_chunk": -1}, "logprob_chunk: got -1", "expected at least 1"),
+    ({"data": {}}, "data: got {}", "expected at least one source"),
+    (
+      {"num_completions": 1},
+      "num_completions: got 1",
+      "fewer than 2 has no advantage; expected 2 or more",
+    ),
+    ({"temperature": 0.0}, "temperature: got 0.0", "expected > 0"),
+    ({"rewards": ()}, "rewards: got ()", "expected at least one"),
+    (
+      {"update_questions": 24},
+      "update_questions: got 24",
+      "expected at most rollout_questions = 16",
+    ),
+    (
+      {"update_questions": 10},
+      "update_questions: got 10",
+      "expected a multiple of updates_per_rollout * microbatches = 4",
+    ),
+    (
+      {"reference": "none"},
+      "kl_coef: got 0.01",
+      "reference is none; expected 0",
+    ),
+    (
+      {"kind": "sft", "update_questions": 8},
+      "update_questions: got 8",
+      "sft trains on all it reads",
+    ),
+  ],
+)
+def test_a_wrong_value_is_refused_by_name(changes, got, expected):
+  with pytest.raises(ValueError) as error:
+    make_stage(**changes)
+  assert str(error.value).startswith(f"stages.seeing.{got}; ")
+  assert expected in str(error.value)
+
+
+def test_a_missing_or_misspelt_field_is_a_type_error():
+  with pytest.raises(TypeError, match="temprature"):
+    make_stage(temprature=1.0)
+  with pytest.raises(TypeError, match="missing"):
+    Stage(name="seeing", kind="grpo")
+
+
+def test_what_sft_does_not_read_may_be_anything():
+  stage = make_stage(kind="sft", num_completions=1, temperature=0.0, rewards=())
+  assert stage.make_objective().temperature == 1.0
+
+
+@pytest.mark.parametrize(
+  ("changes", "shards", "message"),
+  [
+    ({}, 3, "rollout_questions: got 16; expected a multiple of 3 "),
+    (
+      {"update_questions": 8, "rollout_questions": 16},
+      4,
+      "update_questions: got 8; expected a multiple of 16 "
+      r"\(4 data shards, 2 updates of 2 microbatches\)",
+    ),
+  ],
+)
+def test_questions_that_the_mesh_does_not_divide_are_refused(
+  changes, shards, message
+):
+  make_stage(**changes).check_shards(2)
+  with pytest.raises(ValueError, match=message):
+    make_stage(**changes).check_shards(shards)
+
+
+@pytest.mark.parametrize(
+  ("changes", "rates"),
+  [
+    ({}, {0: 1.0, 19: 1.0}),
+    ({"lr_warmup": 4}, {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 19: 1.0}),
+    ({"lr_schedule": "linear"}, {0: 1.0, 5: 0.75, 10: 0.5, 19: 0.05}),
+    (
+      {"lr_schedule": "linear", "lr_final": 0.2, "lr_warmup": 4},
+      {0: 0.25, 4: 1.0, 12: 0.6, 16: 0.4},
+    ),
+    (
+      {"lr_schedule": "cosine"},
+      {0: 1.0, 5: 0.5 + math.sqrt(2) / 4, 10: 0.5, 15: 0.5 - math.sqrt(2) / 4},
+    ),
+    ({"lr_schedule": "cosine", "lr_final": 0.1}, {10: 0.55}),
+  ],
+)
+def test_learning_rates_are_those_made_by_hand(changes, rates):
+  """10 steps of 2 updates: 20 updates in all."""
+  stage = make_stage(**changes)
+  for update, rate in rates.items():
+    assert stage.learning_rate_at(update) == pytest.approx(1e-3 * rate)
+
+
+def test_a_warmup_as_long_as_the_stage_never_divides_by_zero():
+  stage = make_stage(lr_schedule="linear", lr_warmup=20)
+  assert stage.learning_rate_at(19) == pytest.approx(1e-3)
+  assert stage.learning_rate_at(20) == pytest.approx(1e-3)
+
+
+def test_training_rollouts_draw_from_the_distribution_that_is_trained():
+  stage = make_stage()
+  draws, objective = stage.make_draws(), stage.make_objective()
+  assert (draws.top_k, draws.top_p) == (0, 1.0)
+  assert draws.temperature == objective.temperature == 0.8
+  assert (draws.num_completions, draws.max_completion_length) == (4, 32)
+  assert (objective.clip_low, objective.clip_high) == (0.2, 0.3)
+  assert (objective.kl_coef, objective.clip_dual) == (0.01, 3.0)
+
+
+def test_the_optimizer_is_what_the_config_names():
+  assert make_stage().make_optimizer().b2 == 0.999
+  with pytest.raises(TypeError, match="lr"):
+    make_stage(optimizer=OPTIMIZER | {"lr": 1.0}).make_optimizer()
+
+
+def test_a_ledger_adds_up_what_it_knows():
+  ledger = Ledger()
+  ledger.add(questions=4, updates=1)
+  ledger.add(questions=4, model_flops=2.5)
+  assert (ledger.questions, ledger.updates) == (8, 1)
+  assert (ledger.model_flops, ledger.patches) == (2.5, 0)
+  with pytest.raises(AttributeError, match="epochs"):
+    ledger.add(epochs=1)
