@@ -174,12 +174,13 @@ def rollout_metrics(batch: Batch) -> Metrics:
   live = np.any(batch.advantages != 0, axis=1)
   lengths = rollout.completion_mask.sum(-1)
   local: Metrics = {
-    "reward": (scores.rewards[kept].sum(), rows),
     "length": (lengths.sum(), float(lengths.size)),
     "truncated": (rollout.truncated.sum(), float(lengths.size)),
     "live_groups": (live.sum(), float(len(live))),
     "failed_groups": (scores.failed.sum(), 1.0),
   }
+  if scores.parts:  # a demonstration earns nothing
+    local["reward"] = (scores.rewards[kept].sum(), rows)
   for i, (name, part) in enumerate(scores.parts.items()):
     local[f"reward/{name}"] = (part[kept].sum(), rows)
     if i == 0:
