@@ -1,0 +1,614 @@
+"""The update against rows packed the naive way, by hand, and on meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from jaxvlm import sharding
+from jaxvlm.data.vision_layout import pack_vision
+from jaxvlm.learner import Learner, Objective, Optimizer
+from jaxvlm.packing import pack, unbatch
+from jaxvlm.rl.losses import clipped_surrogate, k3
+from jaxvlm.types import Experience
+
+OBJECTIVE = Objective(
+  kind="grpo",
+  temperature=0.7,
+  clip_low=0.2,
+  clip_high=0.3,
+  clip_dual=3.0,
+  kl_coef=0.1,
+  kl_limit=20.0,
+  logprob_chunk=16,
+)
+# Without a first moment's memory, adam's mu is the clipped gradient itself.
+ADAMW = Optimizer(
+  name="adamw", b1=0.0, b2=0.9, weight_decay=0.01, clip_norm=1.0
+)
+MUON = dataclasses.replace(ADAMW, name="muon")
+RATE = 1e-3
+
+
+def flat(params):
+  return traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/")
+
+
+def assert_trees_close(found, expected, rtol):
+  """Every leaf to `rtol` of its own largest entry."""
+  assert found.keys() == expected.keys()
+  for name, x in expected.items():
+    scale = np.abs(x).max()
+    np.testing.assert_allclose(
+      found[name], x, rtol=0, atol=rtol * scale, err_msg=name
+    )
+
+
+def assert_same_bits(found, expected):
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def gradients(state, metrics):
+  """The gradient before clipping, as AdamW with b1 = 0 has seen it."""
+  norm = float(metrics["grad_norm"][0])
+  scale = max(1.0, norm / ADAMW.clip_norm)
+  moments = optax.tree_utils.tree_get(state.opt_state, "mu")
+  return {path: scale * np.asarray(mu) for path, mu in moments.items()}
+
+
+@dataclasses.dataclass
+class Naive:
+  """G rows [prompt | completion] of each question, each with its pictures."""
+
+  network: object
+  layout: object
+  banned: np.ndarray
+
+  def __post_init__(self):
+    self._run = jax.jit(self._value_and_gradient)
+
+  def rows(self, questions, rollout):
+    group, longest = rollout.completion_mask.shape[1:]
+    width = max(len(q.prompt_ids) for q in questions) + longest
+    count = len(questions) * group
+    ids = np.zeros((count, width), np.int32)
+    positions = np.zeros((3, count, width), np.int32)
+    branches = np.full((count, width), -1, np.int32)
+    index = np.full((count, width), -1, np.int32)
+    before = np.zeros((count, longest), np.int32)
+    for r in range(count):
+      q, g = divmod(r, group)
+      question, prompt = questions[q], len(questions[q].prompt_ids)
+      own = rollout.completion_ids[q, g][rollout.completion_mask[q, g]]
+      end = prompt + len(own)
+      ids[r, :end] = np.concatenate([question.prompt_ids, own])
+      positions[:, r, :prompt] = question.position_ids
+      following = question.position_ids[:, -1:] + 1 + np.arange(len(own))
+      positions[:, r, prompt:end] = following
+      branches[r, :end] = 0
+      shown = np.flatnonzero(question.prompt_ids == self.layout.image_token_id)
+      index[r, shown] = np.arange(len(shown))
+      before[r] = np.minimum(prompt - 1 + np.arange(longest), width - 1)
+    vision = pack_vision(
+      [[q] for q in questions for _ in range(group)], layout=self.layout
+    )
+    return ids, positions, branches, index, before, vision
+
+  def _logprobs(self, params, rows, temperature, targets):
+    ids, positions, branches, index, before, vision = rows
+    features = self.network.encode(params, vision)
+    embeds = self.network.embed(params, ids, index, features)
+    hidden = self.network.forward(params, embeds, positions, branches)
+    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
+    logits = hidden @ self.network.head(params) / temperature
+    logits = jnp.where(jnp.asarray(self.banned)[None, None], -1e30, logits)
+    scores = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(
+      scores, targets.reshape(*before.shape, 1), axis=-1
+    )
+    return chosen.reshape(targets.shape)
+
+  def _value_and_gradient(self, params, rows, temperature, targets, weights):
+    logprobs, pull = jax.vjp(
+      lambda p: self._logprobs(p, rows, temperature, targets), params
+    )
+    return logprobs, pull(weights)[0]
+
+  def __call__(self, params, questions, rollout, temperature, loss=None):
+    """Logprobs [Q G C], and every gradient of `loss(logprobs)`, flat."""
+    rows = self.rows(questions, rollout)
+    ids, mask = rollout.completion_ids, rollout.completion_mask
+    zeros = jnp.zeros(ids.shape)
+    logprobs, grads = self._run(params, rows, temperature, ids, zeros)
+    if loss is not None:
+      weights = jnp.where(mask, jax.grad(loss)(logprobs), 0.0)
+      _, grads = self._run(params, rows, temperature, ids, weights)
+    return np.where(mask, logprobs, 0.0), flat(grads)
+
+
+@pytest.fixture(scope="module")
+def naive(network, layout, banned):
+  return Naive(network, layout, banned)
+
+
+@pytest.fixture(scope="module")
+def make_learner(network, banned):
+  def make(mesh, *, optimizer=ADAMW, objective=OBJECTIVE, frozen=()):
+    return Learner(
+      network=network,
+      mesh=mesh,
+      banned=banned,
+      frozen=frozen,
+      optimizer=optimizer,
+      objective=objective,
+    )
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def learner(make_learner, mesh):
+  return make_learner(mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """A rollout with made-up advantages, and old and reference logprobs."""
+
+  advantages: np.ndarray
+  old: np.ndarray | None
+  ref: np.ndarray | None
+
+
+@pytest.fixture(scope="module")
+def batch(rollout):
+  """Old logprobs so far from the policy's that every clip is at work."""
+  random = np.random.default_rng(2)
+  noise = random.normal(size=(2, *rollout.sampler_logprobs.shape))
+  old, ref = rollout.sampler_logprobs - noise * [[[[0.7]]], [[[0.5]]]]
+  return Batch(
+    advantages=random.normal(size=(8, 3)).astype(np.float32),
+    old=old.astype(np.float32),
+    ref=ref.astype(np.float32),
+  )
+
+
+@pytest.fixture(scope="module")
+def make_experience(questions, rollout, layout):
+  def make(mesh, batch, microbatches=1, change=lambda tree: tree):
+    def place(x):
+      if x is None:
+        return None
+      return sharding.place(mesh, unbatch(x, microbatches), ("microbatch",))
+
+    tree = pack(
+      questions,
+      rollout.completion_ids,
+      rollout.completion_mask,
+      microbatches=microbatches,
+      layout=layout,
+    )
+    return Experience(
+      tree=sharding.place(mesh, change(tree), ("microbatch",)),
+      completion_mask=place(rollout.completion_mask),
+      advantages=place(batch.advantages),
+      sampler_logprobs=place(rollout.sampler_logprobs),
+      old_logprobs=place(batch.old),
+      ref_logprobs=place(batch.ref),
+    )
+
+  return make
+
+
+@pytest.fixture(scope="module")
+def run(params, place_params, make_experience):
+  """One update from `params`: (state, metrics), on the host."""
+
+  def update(learner, mesh, batch, **changes):
+    state = learner.init(place_params(params, mesh))
+    state, metrics = learner.update(
+      state, make_experience(mesh, batch, **changes), RATE
+    )
+    return jax.device_get(state), jax.device_get(metrics)
+
+  return update
+
+
+@pytest.fixture(scope="module")
+def base(run, learner, mesh, batch):
+  return run(learner, mesh, batch)
+
+
+@pytest.fixture(scope="module")
+def logprobs(learner, params, place_params, make_experience, mesh, batch):
+  tree = make_experience(mesh, batch).tree
+  return np.asarray(learner.logprobs(place_params(params, mesh), tree))[0]
+
+
+def grpo_loss(rollout, batch, **changes):
+  """The loss of the whole update, a token mean, from logprobs."""
+  objective = dataclasses.replace(OBJECTIVE, **changes)
+  mask = jnp.asarray(rollout.completion_mask)
+
+  def loss(logprobs):
+    surrogate, _ = clipped_surrogate(
+      logprobs,
+      batch.old,
+      batch.advantages,
+      mask,
+      clip_low=objective.clip_low,
+      clip_high=objective.clip_high,
+      clip_dual=objective.clip_dual,
+    )
+    kl, _ = k3(logprobs, batch.ref, mask, limit=objective.kl_limit)
+    return (surrogate + objective.kl_coef * kl).sum() / mask.sum()
+
+  return loss
+
+
+# -- packed rows are naive rows ------------------------------------------------
+
+
+def test_packed_logprobs_equal_naive_rows(
+  logprobs, naive, params, questions, rollout
+):
+  expected, _ = naive(params, questions, rollout, OBJECTIVE.temperature)
+  assert rollout.completion_mask.sum(-1).min() < 3  # unlike lengths
+  assert rollout.completion_mask.sum(-1).max() == 8
+  np.testing.assert_allclose(logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_loss_and_every_gradient_equal_naive_rows(
+  base, naive, params, questions, rollout, batch
+):
+  state, metrics = base
+  loss = grpo_loss(rollout, batch)
+  logprobs, expected = naive(
+    params, questions, rollout, OBJECTIVE.temperature, loss
+  )
+  total, count = metrics["loss"]
+  np.testing.assert_allclose(total / count, loss(logprobs), rtol=1e-5)
+  assert count == rollout.completion_mask.sum()
+  assert all(np.abs(g).max() > 0 for g in expected.values())
+  assert_trees_close(gradients(state, metrics), expected, 1e-5)
+  for clip in ("clip_low", "clip_high", "clip_dual"):
+    assert metrics[clip][0] > 0
+
+
+@pytest.mark.parametrize(
+  "change", [{"kl_coef": 0.0}, {"clip_dual": None}, {"clip_high": 9.0}]
+)
+def test_each_term_of_the_loss_moves_the_gradient(
+  base, naive, params, questions, rollout, batch, change
+):
+  loss = grpo_loss(rollout, batch, **change)
+  _, without = naive(params, questions, rollout, OBJECTIVE.temperature, loss)
+  name = "language_model/norm/weight"
+  gap = np.abs(gradients(*base)[name] - without[name]).max()
+  assert gap > 1e-3 * np.abs(without[name]).max()
+
+
+def test_temperature_divides_the_logits(
+  logprobs, naive, params, questions, rollout
+):
+  plain, _ = naive(params, questions, rollout, 1.0)
+  assert np.abs(logprobs - plain).max() > 0.1
+
+
+def test_the_samplers_logprobs_are_the_learners(logprobs, rollout):
+  np.testing.assert_allclose(
+    rollout.sampler_logprobs, logprobs, rtol=0, atol=1e-4
+  )
+
+
+# -- what must not matter ------------------------------------------------------
+
+
+def pad(tree):
+  """Wider rows, lanes and target lists than the ladder gives."""
+
+  def wider(x, axis, fill=0):
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, 8)
+    return np.pad(x, widths, constant_values=fill)
+
+  vision = dataclasses.replace(
+    tree.vision,
+    pixel_values=wider(tree.vision.pixel_values, 2),
+    rows=wider(tree.vision.rows, 2),
+    cols=wider(tree.vision.cols, 2),
+    full_segments=wider(tree.vision.full_segments, 2, -1),
+    window_segments=wider(tree.vision.window_segments, 2, -1),
+  )
+  return dataclasses.replace(
+    tree,
+    ids=wider(tree.ids, 2),
+    position_ids=wider(tree.position_ids, 3),
+    branch_ids=wider(tree.branch_ids, 2, -1),
+    vision_index=wider(tree.vision_index, 2, -1),
+    vision=vision,
+    predictors=wider(tree.predictors, 2),
+    targets=wider(tree.targets, 2),
+  )
+
+
+def assert_same_update(found, expected, params):
+  """Gradients, metrics and parameters to rounding.
+
+  The first step of a gradient g is g / |g|, so parameters are compared where
+  g is not itself of the size of its rounding.
+  """
+  grads = gradients(*expected)
+  assert_trees_close(gradients(*found), grads, 2e-5)
+  assert found[1].keys() == expected[1].keys()
+  for name, pair in expected[1].items():
+    np.testing.assert_allclose(
+      found[1][name], pair, rtol=1e-5, atol=1e-3, err_msg=name
+    )
+  start, moved = flat(params), flat(found[0].params)
+  for path, x in flat(expected[0].params).items():
+    sure = np.abs(grads[path]) > 1e-3 * np.abs(grads[path]).max()
+    assert np.abs(x - start[path])[sure].min() > 0.5 * RATE, path
+    np.testing.assert_allclose(
+      moved[path][sure], x[sure], rtol=0, atol=0.02 * RATE, err_msg=path
+    )
+
+
+def test_microbatches_padding_and_chunks_do_not_matter(
+  run, make_learner, mesh, batch, base, params
+):
+  objective = dataclasses.replace(OBJECTIVE, logprob_chunk=7)
+  learner = make_learner(mesh, objective=objective)
+  found = run(learner, mesh, batch, microbatches=2, change=pad)
+  assert_same_update(found, base, params)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_the_mesh_does_not_matter(
+  run, make_learner, make_mesh, batch, base, params, sizes
+):
+  mesh = make_mesh(*sizes)
+  found = run(make_learner(mesh), mesh, batch)
+  assert_same_update(found, base, params)
+
+
+def test_the_optimizers_moments_lie_as_their_parameters(
+  make_learner, make_mesh, params, place_params
+):
+  mesh = make_mesh(2, 2, 2)
+  learner = make_learner(mesh)
+  placed = place_params(params, mesh)
+  state = learner.init(placed)
+  weights = traverse_util.flatten_dict(placed, sep="/")
+  assert any(not x.is_fully_replicated for x in weights.values())
+  for moments in ("mu", "nu"):
+    for path, x in optax.tree_utils.tree_get(state.opt_state, moments).items():
+      assert x.sharding == weights[path].sharding
+  jax.tree.map(
+    lambda a, b: (
+      (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+      or pytest.fail(f"{a} is not {b}")
+    ),
+    learner.abstract(placed),
+    state,
+  )
+
+
+# -- optimizers ----------------------------------------------------------------
+
+
+def clipped(grads, limit=ADAMW.clip_norm):
+  norm = np.sqrt(
+    sum(np.square(g, dtype=np.float64).sum() for g in grads.values())
+  )
+  assert norm > limit
+  return {path: g * (limit / norm) for path, g in grads.items()}
+
+
+def test_adamw_makes_the_steps_that_are_made_by_hand(
+  learner, mesh, batch, base, run, params, place_params, make_experience
+):
+  other = dataclasses.replace(batch, advantages=-batch.advantages)
+  first = clipped(gradients(*base))
+  state = learner.init(place_params(params, mesh))
+  state, _ = learner.update(state, make_experience(mesh, batch), RATE)
+  state, metrics = learner.update(state, make_experience(mesh, other), RATE / 2)
+  second = clipped(gradients(state, metrics))
+  after = flat(base[0].params)
+  for path, x in flat(params).items():
+    # The first step: both moments are those of one gradient.
+    step = first[path] / (np.abs(first[path]) + 1e-8) + 0.01 * x
+    np.testing.assert_allclose(after[path], x - RATE * step, atol=1e-6)
+    nu = 0.9 * 0.1 * first[path] ** 2 + 0.1 * second[path] ** 2
+    nu = np.sqrt(nu / (1 - 0.9**2))
+    step = second[path] / (nu + 1e-8) + 0.01 * after[path]
+    np.testing.assert_allclose(
+      flat(state.params)[path], after[path] - RATE / 2 * step, atol=1e-6
+    )
+
+
+@pytest.fixture(scope="module")
+def muon(run, make_learner, mesh, batch):
+  """A rollout's only update, without reference, the merger frozen."""
+  learner = make_learner(mesh, optimizer=MUON, frozen=("merger",))
+  only = dataclasses.replace(batch, old=None, ref=None)
+  return run(learner, mesh, only)
+
+
+@pytest.fixture(scope="module")
+def own(run, learner, mesh, batch, logprobs):
+  """As `muon`'s, but with the policy's own logprobs as old and reference."""
+  policy = dataclasses.replace(batch, old=logprobs, ref=logprobs)
+  return run(learner, mesh, policy)
+
+
+# One layer's matrix: path, index of the layer, rows.
+MATRICES = {
+  "q_proj": ("language_model/layers/self_attn/q_proj/kernel", (1,), 32),
+  "o_proj": ("language_model/layers/self_attn/o_proj/kernel", (0,), 32),
+  "gate_proj": ("language_model/layers/mlp/gate_proj/kernel", (1,), 32),
+  "down_proj": ("language_model/layers/mlp/down_proj/kernel", (0,), 48),
+  "tower's k": ("visual/blocks/attn/qkv/kernel", (1, slice(None), 1), 32),
+  "patches": ("visual/patch_embed/proj/kernel", (), 1176),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_muon_takes_each_matrix_of_each_layer_on_its_own(
+  muon, own, params, name
+):
+  path, at, rows = MATRICES[name]
+  grads = gradients(*own)
+  trained = {p: g for p, g in grads.items() if "merger" not in p}
+  grad, start = clipped(trained)[path], flat(params)[path]
+  grad, start = grad[at].reshape(rows, -1), start[at].reshape(rows, -1)
+  alone = optax.contrib.muon(RATE, weight_decay=MUON.weight_decay)
+  step, _ = alone.update({"w": grad}, alone.init({"w": start}), {"w": start})
+  found = flat(muon[0].params)[path][at].reshape(rows, -1)
+  np.testing.assert_allclose(
+    found - start, step["w"], rtol=0, atol=1e-3 * np.abs(step["w"]).max()
+  )
+
+
+@pytest.mark.parametrize(
+  "path",
+  [
+    "language_model/embed_tokens/embedding",
+    "language_model/layers/self_attn/q_proj/bias",
+    "language_model/layers/input_layernorm/weight",
+    "visual/blocks/attn/qkv/bias",
+  ],
+)
+def test_muon_leaves_embeddings_biases_and_norms_to_adamw(
+  muon, own, params, path
+):
+  grads = gradients(*own)
+  grad = clipped({p: g for p, g in grads.items() if "merger" not in p})[path]
+  start = flat(params)[path]
+  step = grad / (np.abs(grad) + 1e-8) + 0.01 * start
+  np.testing.assert_allclose(
+    flat(muon[0].params)[path], start - RATE * step, atol=2e-6
+  )
+
+
+def test_an_unknown_optimizer_is_named():
+  with pytest.raises(ValueError, match="got 'sgd'; there are adamw, muon"):
+    dataclasses.replace(ADAMW, name="sgd").make({})
+
+
+# -- a rollout's only update ---------------------------------------------------
+
+
+def test_without_old_logprobs_the_update_starts_from_its_own(muon, own):
+  for name in ("loss", "sampler_gap", "approx_kl", "entropy"):
+    np.testing.assert_allclose(
+      muon[1][name], own[1][name], rtol=1e-5, atol=1e-4
+    )
+  for metrics in (muon[1], own[1]):
+    np.testing.assert_allclose(metrics["approx_kl"][0], 0, atol=1e-3)
+  assert 0 < muon[1]["sampler_gap"][0] / muon[1]["sampler_gap"][1] < 1e-4
+
+
+def test_the_reference_is_what_the_kl_is_measured_from(base, muon, own):
+  assert "kl" not in muon[1]
+  assert own[1]["kl"][0] == pytest.approx(0, abs=1e-6)
+  assert base[1]["kl"][0] / base[1]["kl"][1] > 0.05
+
+
+# -- SFT and frozen parts ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sft(run, make_learner, mesh, batch):
+  """Its advantages are to mean nothing."""
+  learner = make_learner(
+    mesh,
+    objective=dataclasses.replace(OBJECTIVE, kind="sft"),
+    frozen=("vision_tower",),
+  )
+  junk = dataclasses.replace(batch, old=None, ref=None)
+  return run(learner, mesh, junk)
+
+
+def test_the_sft_gradient_is_that_of_cross_entropy(
+  sft, naive, params, questions, rollout
+):
+  mask = jnp.asarray(rollout.completion_mask)
+
+  def cross_entropy(logprobs):
+    return -jnp.where(mask, logprobs, 0.0).sum() / mask.sum()
+
+  logprobs, expected = naive(
+    params, questions, rollout, OBJECTIVE.temperature, cross_entropy
+  )
+  total, count = sft[1]["loss"]
+  np.testing.assert_allclose(total / count, cross_entropy(logprobs), rtol=1e-5)
+  found = gradients(*sft)
+  expected = {path: g for path, g in expected.items() if path in found}
+  assert_trees_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+  ("which", "frozen"), [("sft", "vision_tower"), ("muon", "merger")]
+)
+def test_a_frozen_part_keeps_its_bits_and_the_others_move(
+  request, network, params, which, frozen
+):
+  state, _ = request.getfixturevalue(which)
+  start, found = flat(params), flat(state.params)
+  moments = optax.tree_utils.tree_get_all_with_path(state.opt_state, "nu")
+  named = {path for _, value in moments for path in value}
+  assert found.keys() == start.keys()
+  for path, x in start.items():
+    if network.part_of(tuple(path.split("/"))) == frozen:
+      assert_same_bits(found[path], x)
+      assert path not in named
+    else:
+      assert np.abs(found[path] - x).max() > 0.1 * RATE, path
+
+
+def test_a_frozen_decoder_keeps_its_bits_and_sees_to_the_tower(
+  make_learner, mesh, params, place_params, make_experience, batch, network
+):
+  learner = make_learner(mesh, frozen=("decoder", "merger"))
+  state = learner.init(place_params(params, mesh))
+  moments = optax.tree_utils.tree_get(state.opt_state, "mu")
+  parts = {network.part_of(tuple(path.split("/"))) for path in moments}
+  assert parts == {"vision_tower"}
+
+
+@pytest.mark.parametrize(
+  "frozen", [("tower",), ("vision_tower", "merger", "decoder")]
+)
+def test_an_unknown_part_or_all_of_them_is_refused(make_learner, mesh, frozen):
+  with pytest.raises(ValueError, match=r"freeze: got .*name some of .*not all"):
+    make_learner(mesh, frozen=frozen)
+
+
+# -- a gradient that is not finite ---------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(
+  learner, mesh, batch, base, params, place_params, make_experience, value
+):
+  advantages = batch.advantages.copy()
+  advantages[4, 1] = value
+  bad = make_experience(mesh, dataclasses.replace(batch, advantages=advantages))
+  state = learner.init(place_params(params, mesh))
+  before = jax.device_get(state)
+  state, metrics = learner.update(state, bad, RATE)
+  assert_same_bits(jax.device_get(state), before)
+  assert metrics["update_skipped"] == (1, 1)
+  assert not np.isfinite(metrics["grad_norm"][0])
+  # The next batch is learned from as if nothing had been.
+  state, metrics = learner.update(state, make_experience(mesh, batch), RATE)
+  assert_same_bits(jax.device_get(state), base[0])
+  assert metrics["update_skipped"] == (0, 1)
