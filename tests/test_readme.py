@@ -11,6 +11,9 @@ from ml_collections import ConfigDict, config_flags
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
+# How ml_collections loads a config file.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
+
 
 def _overrides() -> list[str]:
   """Every --config.field=value of the README."""
