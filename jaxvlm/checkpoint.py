@@ -291,7 +291,8 @@ def save_params(path: str | os.PathLike[str], params: Any) -> None:
       checkpointer.save(pathlib.Path(path).resolve(), params, force=True)
   except _FAILURES as error:
     raise OSError(
-      f"{path}: cannot be written ({_first_line(error)})."
+      f"{path}: cannot be written ({_first_line(error)}). Make room, then run "
+      "the same command again."
     ) from error
 
 
@@ -392,11 +393,17 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 def _hush() -> None:
   logging.getLogger("absl").addFilter(_not_of_orbax)
+  logging.getLogger("asyncio").addFilter(_not_of_a_lost_task)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
   # A failure is raised here; Orbax logs it besides, a thousand lines long.
   return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def _not_of_a_lost_task(record: logging.LogRecord) -> bool:
+  # Of many writes that fail at once Orbax awaits, and raises, the first.
+  return "exception was never retrieved" not in record.getMessage()
 
 
 def _digests(home: pathlib.Path, names: list[str]) -> dict[str, str]:

@@ -1,0 +1,179 @@
+"""main.py: what is wrong is said in one line before any compute is spent."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from jaxvlm import checkpoint
+from tests.runs import launch_fixture, project_fixture  # noqa: F401
+
+DATA = "stages.perceive.data.rows.path"
+PERCEIVE = "schedule=('perceive',)"
+
+
+@pytest.fixture
+def refused(launch, tmp_path):
+  """refused(*argv): the one line on stderr of a run that does not begin."""
+
+  def refused(*argv):
+    workdir = tmp_path / "workdir"
+    status, out, err = launch(f"workdir={workdir}", *argv).wait()
+    assert status == 1, out + err
+    (line,) = err.strip().splitlines()
+    assert line.startswith("jaxvlm: ")
+    # The mended command may use the same workdir.
+    assert {path.name for path in workdir.glob("*")} <= {"lock"}
+    return line.removeprefix("jaxvlm: ")
+
+  return refused
+
+
+@pytest.mark.parametrize(
+  ("argv", "told"),
+  [
+    (["stages.perceive.stepz=1"], "--config.stages.perceive: no field 'stepz'"),
+    (["stages.perceive.stepz=1"], "there are advantage_eps, clip_dual"),
+    (["seed.x=1"], "--config.seed: no field 'x'; there are none."),
+    (["seed=x"], "flag --config.seed=x: invalid literal for int()"),
+    (["--foo=1"], "Unknown command line flag 'foo'"),
+    (["more"], "unexpected arguments: more"),
+    (
+      ["--config=configs/staged.py:huge"],
+      "staged: no size 'huge'; there are ",
+    ),
+    (["--config=configs/x.py"], "configs/x.py: no such config file."),
+    (
+      ["schedule=('perceive','seeing')"],
+      "schedule: no stage 'seeing'; there are perceive, reason, warm.",
+    ),
+    (["schedule=()"], "schedule: got (); expected a tuple of stage names"),
+    (
+      ["stages.perceive.num_completions=1"],
+      "stages.perceive.num_completions: got 1; a group of fewer than 2",
+    ),
+    (
+      ["stages.reason.update_questions=6", "stages.reason.microbatches=4"],
+      "stages.reason.update_questions: got 6; expected a multiple of "
+      "updates_per_rollout * microbatches = 4",
+    ),
+    (
+      ["mesh.data=3"],
+      "mesh: {'data': 3, 'fsdp': 1, 'tensor': 1} does not make 1 devices",
+    ),
+    (
+      ["stages.perceive.rewards=(('grades',1.0),)"],
+      "stages.perceive.rewards: rewards: no 'grades'. There are: exact, ",
+    ),
+    (
+      ["stages.perceive.rewards=(('none/mine.py:score',1.0),)"],
+      "none/mine.py: no such file",
+    ),
+    (
+      ["evaluation.capabilities=('seeing',)"],
+      "evaluation.capabilities: no set 'seeing'; there are perceive.",
+    ),
+    (
+      ["evaluation.every=0"],
+      "stages.perceive.promote: best needs evaluation.every > 0",
+    ),
+    (["model.checkpoint="], "model.checkpoint: got ''; expected a Hugging"),
+    (["model.checkpoint=/no/model"], "/no/model"),
+    (["model.dtype=float"], "model.dtype: got 'float'; expected float32 or"),
+    ([f"{DATA}=/no/rows.parquet"], "no such file '/no/rows.parquet'"),
+    (
+      ["inputs.max_prompt_length=9", PERCEIVE],
+      "stages.perceive.data.rows: all 24 rows are too long, 24 of them by "
+      "max_prompt_length = 9 (the shortest has ",
+    ),
+  ],
+  ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_wrong_flag_is_one_line_that_says_what_there_is(refused, argv, told):
+  assert told in refused(*argv)
+
+
+@pytest.mark.parametrize(
+  ("rows", "told"),
+  [
+    ([], "no rows in "),
+    ([{"problem": "a"}], "no column 'answer'; there are problem."),
+    ([{"problem": "a", "answer": None}], "[1]: no 'answer'"),
+    (
+      [{"problem": "<image> <image> a", "answer": "b", "images": ["ok.png"]}],
+      "[1]: 2 <image> markers in the problem but 1 pictures",
+    ),
+    (
+      [{"problem": "<image> a", "answer": "b", "images": ["bad.png"]}],
+      "[1]: ",
+    ),
+    (
+      [{"problem": "<image> a", "answer": "b", "images": ["none.png"]}],
+      "none.png",
+    ),
+  ],
+  ids=["empty", "column", "answer", "markers", "unreadable", "missing"],
+)
+def test_a_wrong_row_is_one_line_that_names_it(refused, tmp_path, rows, told):
+  file = tmp_path / "rows.jsonl"
+  good = [{"problem": "a", "answer": "b"}] if "answer" in str(rows) else []
+  lines = [json.dumps(row) for row in good + rows]
+  file.write_text("\n".join(lines))
+  Image.new("RGB", (56, 56)).save(tmp_path / "ok.png")
+  (tmp_path / "bad.png").write_bytes(b"\x89PNG nothing")
+  line = refused(f"{DATA}={file}", PERCEIVE)
+  assert told in line
+  assert str(file) in line
+
+
+def test_a_checkpoint_of_another_family_is_refused(refused, project, tmp_path):
+  directory = tmp_path / "llama"
+  shutil.copytree(project / "checkpoint", directory)
+  (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
+  assert "'llama'" in refused(f"model.checkpoint={directory}")
+
+
+def test_a_checkpoint_without_a_tensor_is_refused(launch, project, tmp_path):
+  directory = tmp_path / "cut"
+  shutil.copytree(project / "checkpoint", directory)
+  file = directory / "model.safetensors"
+  file.write_bytes(file.read_bytes()[:-1000])
+  status, _, err = launch(
+    f"workdir={tmp_path / 'workdir'}", f"model.checkpoint={directory}"
+  ).wait()
+  assert status == 1
+  (line,) = err.strip().splitlines()
+  assert f"{file}: damaged or cut short" in line
+
+
+def test_a_users_reward_that_cannot_be_imported_is_told(refused, tmp_path):
+  file = tmp_path / "mine.py"
+  file.write_text("import no_such_package\n")
+  line = refused(f"stages.perceive.rewards=(('{file}:score',1.0),)")
+  assert "fails as it is imported: ModuleNotFoundError" in line
+
+
+def test_a_workdir_belongs_to_one_process(launch, tmp_path):
+  with checkpoint.lock(tmp_path):
+    status, _, err = launch(f"workdir={tmp_path}").wait()
+  assert status == 1
+  assert "is running there. Wait for it or end it" in err
+  assert len(err.splitlines()) == 1
+
+
+def test_a_changed_config_is_refused_with_the_difference(launch, tmp_path):
+  # A first command that gets as far as to make the workdir its own.
+  run = launch(f"workdir={tmp_path}")
+  run.until((tmp_path / "config.json").exists)
+  run.kill()
+  status, _, err = launch(
+    f"workdir={tmp_path}", "seed=1", "stages.perceive.steps=9"
+  ).wait()
+  assert status == 1
+  assert err.splitlines() == [
+    f"jaxvlm: {tmp_path}: was made with another config. Use another workdir, "
+    "or the old values of",
+    "  seed: 0 -> 1",
+    "  stages.perceive.steps: 5 -> 9",
+  ]
