@@ -416,7 +416,8 @@ def _digests(home: pathlib.Path, names: list[str]) -> dict[str, str]:
 
 
 def _first_line(error: Exception) -> str:
-  return str(error).strip().partition("\n")[0]
+  line = str(error).strip().partition("\n")[0]
+  return line.partition(" [tensorstore_spec=")[0]
 
 
 def _abstract(like: Any) -> Any:

@@ -135,6 +135,9 @@ def write(
     directory: exists.
     rename: our name -> the name in the file.
     fetch: the value of a leaf; None where this process does not write.
+
+  Raises:
+    OSError: a file cannot be written, as on a full disk.
   """
   shards: list[pathlib.Path] = []
   weight_map: dict[str, int] = {}
@@ -143,7 +146,10 @@ def write(
 
   def flush() -> None:
     shards.append(directory / f"model-{len(shards) + 1:05d}.safetensors")
-    save_file(held, shards[-1], metadata={"format": "pt"})
+    try:
+      save_file(held, shards[-1], metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+      raise OSError(f"{shards[-1]}: cannot be written ({error}).") from error
     held.clear()
 
   for weight in weights:
