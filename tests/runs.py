@@ -76,9 +76,11 @@ class Launcher:
     out, err = (
       self._home / f"{next(self._count)}.{name}" for name in ("out", "err")
     )
-    argv = [f"--config.{a}" if a[0] != "-" and "=" in a else a for a in argv]
-    if not any(a.startswith("--config=") for a in argv):
-      argv.insert(0, self.config)
+    config = [a for a in argv if a.startswith("--config=")] or [self.config]
+    argv = [
+      *config,
+      *(f"--config.{a}" if a[0] != "-" and "=" in a else a for a in argv),
+    ]
     pid = self.ask(argv=argv, env=env, out=str(out), err=str(err))
     return Run(self, pid, out, err)
 
