@@ -11,9 +11,18 @@ import warnings
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pyarrow.parquet
 import pytest
 import safetensors.numpy
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from jaxvlm import models
+from jaxvlm.data import loader
+from jaxvlm.data.processor import Processor
+from jaxvlm.data.sources import files
+from jaxvlm.rollout.sampler import Draws, Sampler
+from jaxvlm.sharding import AXES
 from tests.runs import launch_fixture, project_fixture  # noqa: F401
 
 
@@ -223,3 +232,159 @@ def test_eight_devices_answer_as_one_and_learn_the_same(
   way = sum(np.square(after[n] - before[n]).sum() for n in before)
   apart = sum(np.square(after[n] - after_8[n]).sum() for n in before)
   assert 0 < apart < 1e-6 * way
+
+
+def test_the_export_loads_in_transformers_and_answers_greedily_as_here(
+  undisturbed, project
+):
+  """The trained weights, in torch's own generate and in our sampler."""
+  export = undisturbed / "hf"
+  processor = Processor.from_directory(
+    export,
+    min_pixels=None,
+    max_pixels=None,
+    prompt_suffix="",
+    system_prompt=None,
+  )
+  rows = files.source(path=str(project / "held_out.parquet"))
+  questions = loader.questions(rows, processor, range(4))
+  network = models.load_network(
+    export, dtype="float32", param_dtype="float32", remat="none"
+  )
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
+  sampler = Sampler(
+    network=network,
+    mesh=mesh,
+    eos_ids=processor.eos_ids,
+    pad_id=processor.pad_id,
+    banned=processor.banned_ids(network.config.vocab_size),
+    layout=processor.layout,
+  )
+  rollout = sampler.sample(
+    sampler.weights(models.load_params(network, export, mesh)),
+    questions,
+    key=jax.random.key(0),
+    draws=Draws(
+      num_completions=1,
+      max_completion_length=6,
+      temperature=0.0,
+      top_k=0,
+      top_p=1.0,
+    ),
+  )
+
+  model = AutoModelForImageTextToText.from_pretrained(export)
+  tokenizer = AutoTokenizer.from_pretrained(export)
+  assert tuple(model.generation_config.eos_token_id) == processor.eos_ids
+  for q, question in enumerate(questions):
+    ids = torch.tensor(question.prompt_ids)[None].long()
+    answer = model.generate(
+      input_ids=ids,
+      mm_token_type_ids=(ids == network.config.image_token_id).int(),
+      pixel_values=torch.tensor(question.pixel_values),
+      image_grid_thw=torch.tensor(question.image_grid_thw).long(),
+      max_new_tokens=6,
+      do_sample=False,
+    )[0, ids.shape[1] :]
+    ours = rollout.completion_ids[q, 0][rollout.completion_mask[q, 0]]
+    np.testing.assert_array_equal(ours, answer.numpy())
+    # transformers' tokenizer writes the prompt as our processor does.
+    content = [{"type": "image"}, {"type": "text", "text": " which?"}]
+    text = tokenizer.apply_chat_template(
+      [{"role": "user", "content": content}],
+      tokenize=False,
+      add_generation_prompt=True,
+    )
+    count = int((question.prompt_ids == network.config.image_token_id).sum())
+    text = text.replace("<|image_pad|>", "<|image_pad|>" * count)
+    np.testing.assert_array_equal(
+      tokenizer(text).input_ids, question.prompt_ids
+    )
+
+
+FRAGILE = """
+import time
+
+def score(completion, example):
+  if example.answer == "A":
+    raise ValueError("no A")
+  if example.answer == "B":
+    time.sleep(60)
+  if example.answer == "C":
+    return float("nan")
+  return len(completion) % 3
+"""
+
+
+def test_a_reward_that_fails_is_named_until_there_are_too_many(
+  launch, undisturbed, tmp_path
+):
+  file = tmp_path / "fragile.py"
+  file.write_text(FRAGILE)
+  status, out, err = launch(
+    f"workdir={tmp_path / 'run'}",
+    "schedule=('reason',)",
+    f"stages.reason.rewards=(('{file}:score',1.0),)",
+    "evaluation.capabilities=()",
+    "stages.reason.metric=",
+    "rewards.timeout=0.3",
+    "limits.failed_groups=10",
+  ).wait()
+  for why in ("raised ValueError: no A", "hung for more than", "returned nan"):
+    assert f"reward '{file}:score' {why}" in out
+  assert "train.parquet[" in out
+  (line,) = err.strip().splitlines()
+  assert status == 1
+  assert line.startswith("jaxvlm: stopped: stage reason: the rewards of ")
+  assert "limits.failed_groups is 10" in line
+  # Of 24 rows 18 fail, so the first steps went on without them.
+  steps = records(tmp_path / "run")
+  assert steps[0]["metrics"]["failed_groups"] > 0
+  assert steps[0]["metrics"]["grad_norm"] > 0
+  assert len(steps) >= 2
+
+
+def test_updates_that_are_not_finite_are_skipped_until_there_are_too_many(
+  launch, undisturbed, tmp_path
+):
+  status, _, err = launch(
+    f"workdir={tmp_path}",
+    "schedule=('reason',)",
+    "stages.reason.learning_rate=1e38",
+    "evaluation.capabilities=()",
+    "stages.reason.metric=",
+    "limits.skipped_updates=1",
+  ).wait()
+  assert status == 1
+  (line,) = err.strip().splitlines()
+  assert "2 updates had a gradient that is not finite" in line
+  skipped = [r["metrics"]["update_skipped"] for r in records(tmp_path)]
+  assert skipped == [0.0, 1.0, 1.0]
+  with np.load(tmp_path / "not_finite_3.npz") as batch:
+    assert f"{tmp_path / 'not_finite_3.npz'}" in line
+    assert batch["completion_mask"].shape == (2, 4, 4, 6)
+
+
+def test_rows_that_are_too_long_are_dropped_and_counted(
+  launch, undisturbed, project, tmp_path
+):
+  rows = pyarrow.parquet.read_table(project / "train.parquet").to_pylist()
+  for row in rows[:3]:
+    row["problem"] += "long" * 20
+  file = tmp_path / "rows.parquet"
+  pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+  status, out, err = launch(
+    f"workdir={tmp_path / 'run'}",
+    "schedule=('reason',)",
+    "stages.reason.steps=1",
+    f"stages.reason.data.rows.path={file}",
+    "evaluation.capabilities=()",
+    "stages.reason.metric=",
+    "inputs.max_prompt_length=80",
+  ).wait()
+  assert status == 0, err
+  assert "dropped 3 over max_prompt_length 80; 21 stay." in out
+  summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+  assert summary["dropped"] == {
+    "stages.reason.data.rows": {"over max_prompt_length 80": 3}
+  }
