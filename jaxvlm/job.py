@@ -265,8 +265,13 @@ def _checkpoint(
   made = directory.exists() and (workdir / "config.json").exists()
   if not made and jax.process_index() == 0:
     shutil.rmtree(directory, ignore_errors=True)
-    with display.task("make a checkpoint", total=1):
-      scratch.make_checkpoint(directory, seed=seed, **model["scratch"])
+    made_with = model["scratch"]
+    with display.task(
+      "make a checkpoint", total=made_with["tower_steps"]
+    ) as advance:
+      scratch.make_checkpoint(
+        directory, seed=seed, progress=advance, **made_with
+      )
   return directory
 
 

@@ -9,7 +9,7 @@ import json
 import pathlib
 import random
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -72,6 +72,7 @@ def make_checkpoint(
   tower_steps: int,
   tower_images: int,
   tower_learning_rate: float,
+  progress: Callable[[int], object] = lambda updates: None,
 ) -> None:
   """Writes the directory, aside and then renamed.
 
@@ -83,6 +84,7 @@ def make_checkpoint(
     tower_steps: updates of the tower before it is handed over; 0: none.
     tower_images: pictures of each update.
     tower_learning_rate: of Muon at its peak.
+    progress: called with the number of updates made since its last call.
   """
   with tempfile.TemporaryDirectory() as aside:
     source = pathlib.Path(aside)
@@ -104,6 +106,7 @@ def make_checkpoint(
         steps=tower_steps,
         images=tower_images,
         learning_rate=tower_learning_rate,
+        progress=progress,
       )
     models.save_hf(network, params, source, directory)
 
@@ -208,6 +211,7 @@ def train_tower(
   steps: int,
   images: int,
   learning_rate: float,
+  progress: Callable[[int], object] = lambda updates: None,
 ) -> Params:
   """Trains vision tower and merger to say what is in each cell.
 
@@ -249,6 +253,7 @@ def train_tower(
   for step in range(steps):
     batch = _tower_batch(processor, rng, images)
     flat, moments, _ = update(flat, moments, batch, schedule(step))
+    progress(1)
   trained = traverse_util.unflatten_dict(flat, sep="/")
   return {**params, "visual": trained["visual"]}
 

@@ -198,7 +198,9 @@ def test_the_image_processor_cuts_what_we_cut(directory, processor):
   picture = worlds.draw(worlds.make_scene(random.Random(1)), "train", 1)
   loaded = AutoImageProcessor.from_pretrained(directory, backend="pil")
   expected = loaded(images=[picture], return_tensors="np")
-  example = Example(problem="<image>where 3 ?", answer="a1", images=(picture,))
+  example = Example(
+    problem="<image>where red ?", answer="a1", images=(picture,)
+  )
   ours = processor.question(example, 0)
   np.testing.assert_array_equal(ours.image_grid_thw, expected["image_grid_thw"])
   np.testing.assert_allclose(
@@ -232,6 +234,7 @@ def test_a_trained_tower_tells_things_apart(
   network, directory, processor, params
 ):
   """Ridge regression names the things in its tokens better than before."""
+  updates = []
   trained = scratch.train_tower(
     network,
     params,
@@ -240,7 +243,9 @@ def test_a_trained_tower_tells_things_apart(
     steps=80,
     images=32,
     learning_rate=1e-2,
+    progress=updates.append,
   )
+  assert updates == 80 * [1]
   batches = [
     scratch._tower_batch(processor, random.Random(seed), 64) for seed in (8, 9)
   ]

@@ -39,4 +39,5 @@ def grpo(
   mean = exact.mean(axis=1, keepdims=True)
   std = exact.std(axis=1, ddof=1, keepdims=True)
   equal = np.ptp(exact, axis=1, keepdims=True) <= _ROUNDING
-  return np.where(equal, 0.0, (exact - mean) / (std + eps)).astype(np.float32)
+  scale = np.where(equal, 1.0, std + eps)
+  return np.where(equal, 0.0, (exact - mean) / scale).astype(np.float32)

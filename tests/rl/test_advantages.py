@@ -31,6 +31,14 @@ def test_the_rounding_of_a_weighted_sum_is_no_signal():
   assert (grpo(same, eps=1e-9) == 0.0).all()
 
 
+def test_without_eps_a_group_of_equal_rewards_divides_by_nothing():
+  """No NaN, and no warning, which these tests take for an error."""
+  rewards = np.array([[0.9, 0.9], [0.0, 1.0]])
+  advantages = grpo(rewards, eps=0.0)
+  np.testing.assert_array_equal(advantages[0], 0.0)
+  np.testing.assert_allclose(advantages[1], [-(2**-0.5), 2**-0.5], rtol=1e-6)
+
+
 def test_eps_shrinks_the_advantage_of_a_narrow_group():
   rewards = np.array([[0.0, 1e-3]])
   narrow = grpo(rewards, eps=1e-1)

@@ -224,30 +224,20 @@ def _scene(rng: random.Random, cells: Mapping[int, Cell]) -> Scene:
 # teacher misreads some cells and then answers by what it has said.
 
 
-def _misread(rng: random.Random, error: float, cell: Cell, asked: str) -> Cell:
-  """Another colour, or another thing of the same kind, in place of a cell's."""
-  if rng.random() >= error:
-    return cell
-  thing, color = cell
-  if asked == "color":
-    return thing, rng.choice([c for c in COLORS if c != color])
-  kind = SHAPES if thing in SHAPES else DIGITS
-  return rng.choice([t for t in kind if t != thing]), color
-
-
 def _at(rng: random.Random, asked: str, cell: Cell) -> Draft:
   place = rng.randrange(len(NAMES))
-
-  def answer(cell: Cell) -> str:
-    return cell[1] if asked == "color" else cell[0]
+  seen = cell[1] if asked == "color" else cell[0]
+  words = next(kind for kind in (COLORS, SHAPES, DIGITS) if seen in kind)
 
   def respond(rng: random.Random, error: float) -> str:
-    said = _misread(rng, error, cell, asked)
-    return _reason([NAMES[place], said[1], said[0]], answer(said))
+    said = seen
+    if rng.random() < error:
+      said = rng.choice([word for word in words if word != seen])
+    return _reason([NAMES[place], said], said)
 
   return Draft(
     problem=f"{asked} at {NAMES[place]} ?",
-    answer=answer(cell),
+    answer=seen,
     scene=_scene(rng, {place: cell}),
     respond=respond,
   )
@@ -267,37 +257,30 @@ def _read(rng: random.Random) -> Draft:
 
 
 def _where(rng: random.Random) -> Draft:
-  place = rng.randrange(len(NAMES))
-  thing = rng.choice(rng.choice((SHAPES, DIGITS)))
-  cell = thing, rng.choice(list(COLORS))
-  scene = _scene(rng, {place: cell})
-  while sum(other[0] == thing for other in scene) > 1:
-    scene = _scene(rng, {place: cell})
+  color = rng.choice(list(COLORS))
+  cells = _colored(rng, color, 1)
+  place = [cell[1] for cell in cells].index(color)
 
   def respond(rng: random.Random, error: float) -> str:
-    said = [other[0] for other in scene]
+    said = [cell[1] or EMPTY for cell in cells]
     if rng.random() < error:
       other = rng.choice([i for i in range(len(NAMES)) if i != place])
       said[place], said[other] = said[other], said[place]
-    found = said.index(thing)
+    found = said.index(color)
     looks = zip(NAMES[: found + 1], said, strict=False)
     return _reason([word for look in looks for word in look], NAMES[found])
 
   return Draft(
-    problem=f"where {thing} ?",
+    problem=f"where {color} ?",
     answer=NAMES[place],
-    scene=scene,
+    scene=_scene(rng, dict(enumerate(cells))),
     respond=respond,
   )
 
 
 def _count(rng: random.Random) -> Draft:
   color, number = rng.choice(list(COLORS)), rng.randrange(4)
-  cells = [_cell(rng) for _ in NAMES]
-  while sum(cell[1] == color for cell in cells) != number:
-    cells = [_cell(rng) for _ in NAMES]
-    for i in rng.sample(range(len(NAMES)), number):
-      cells[i] = rng.choice(rng.choice((SHAPES, DIGITS))), color
+  cells = _colored(rng, color, number)
 
   def respond(rng: random.Random, error: float) -> str:
     said = [cell[1] or EMPTY for cell in cells]
@@ -315,6 +298,16 @@ def _count(rng: random.Random) -> Draft:
     scene=_scene(rng, dict(enumerate(cells))),
     respond=respond,
   )
+
+
+def _colored(rng: random.Random, color: str, number: int) -> list[Cell]:
+  """Cells of which so many have the colour."""
+  cells = [_cell(rng) for _ in NAMES]
+  while sum(cell[1] == color for cell in cells) != number:
+    cells = [_cell(rng) for _ in NAMES]
+    for i in rng.sample(range(len(NAMES)), number):
+      cells[i] = rng.choice(rng.choice((SHAPES, DIGITS))), color
+  return cells
 
 
 # Visual reasoning: the trace names what is seen, the answer follows from it.

@@ -42,8 +42,8 @@ def solve(problem, scene):
       known = worlds.SHAPES if kind == "shape" else worlds.DIGITS
       assert cells[name][0] in known
       return cells[name][0]
-    case ["where", thing]:
-      (place,) = [n for n, cell in cells.items() if cell[0] == thing]
+    case ["where", color]:
+      (place,) = [n for n, cell in cells.items() if cell[1] == color]
       return place
     case ["count", color]:
       return str(sum(cell[1] == color for cell in cells.values()))
