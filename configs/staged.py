@@ -104,7 +104,7 @@ def tiny() -> ConfigDict:
       "sets": {
         name: {
           "reward": "exact",
-          "data": _world(name, split="test", size=384, seed=0),
+          "data": _world(name, split="test", size=384, seed=1),
         }
         for name in ("perception", "visual_reasoning", "textual_reasoning")
       },
