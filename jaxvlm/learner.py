@@ -113,8 +113,8 @@ def _matrix(axes: tuple[str | None, ...]) -> Any:
 
   Layers, and q, k and v where one weight holds them, are matrices of their own.
   """
-  if "vocab" in axes:
-    return None
+  if {"vocab", "place"} & set(axes):
+    return None  # tables
   head = [i for i, a in enumerate(axes) if a in ("heads", "kv_heads")]
   groups = [
     (i, i + 1) if i in head else (i,)

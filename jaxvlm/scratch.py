@@ -266,7 +266,7 @@ def _probe_loss(
   kinds: tuple[int, int],
 ) -> Float[Array, ""]:
   weights = traverse_util.unflatten_dict(flat, sep="/")
-  tokens = network.encode(weights, vision).reshape(len(labels), -1)
+  tokens = network.encode(weights, vision).tokens.reshape(len(labels), -1)
   logits = tokens @ weights["probe"]["kernel"]
   things, colors = jnp.split(logits, [kinds[0]], axis=-1)
   losses = optax.softmax_cross_entropy_with_integer_labels

@@ -25,6 +25,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "kv_heads": "tensor",
   "mlp": "tensor",
   "vocab": "tensor",
+  "place": None,  # in a table of learned positions
   "head_dim": None,
   "patch": None,
   "norm": None,

@@ -66,15 +66,18 @@ class Vision:
 
   Lane s holds the pictures of the s-th of S equal slices of the questions, so
   that no gather crosses shards. The loop gives each question a lane of its
-  own: dense attention costs the square of a lane. Patches are in the order of Hugging Face's processor (2 x 2 merge blocks);
-  padding stands at the end of a lane, with segment -1.
+  own: dense attention costs the square of a lane. Patches are in the order of
+  Hugging Face's processor (2 x 2 merge blocks); padding stands at the end of a
+  lane, with segment -1. None: the family's tower has no such thing.
   """
 
   pixel_values: Float[Array, "S L D"]
   rows: Int[Array, "S L"]  # of the patch within its picture
   cols: Int[Array, "S L"]
   full_segments: Int[Array, "S L"]  # the picture (and frame) of a patch
-  window_segments: Int[Array, "S L"]  # its attention window
+  window_segments: Int[Array, "S L"] | None  # its attention window
+  place_index: Int[Array, "S L 4"] | None  # the nearest learned positions
+  place_weight: Float[Array, "S L 4"] | None  # and how near each is
 
 
 @record

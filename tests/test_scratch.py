@@ -253,7 +253,9 @@ def test_a_trained_tower_tells_things_apart(
   def error(weights):
     (x, y), (held_x, held_y) = [
       (
-        np.asarray(network.encode(weights, vision)).reshape(len(labels), -1),
+        np.asarray(network.encode(weights, vision).tokens).reshape(
+          len(labels), -1
+        ),
         np.eye(len(worlds.THINGS))[labels[:, 0]],
       )
       for vision, labels in batches

@@ -7,11 +7,12 @@ sees capacities alone and never a picture.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxvlm.types import Prompts, Question, Vision
 
@@ -23,17 +24,20 @@ class Layout:
   image_token_id: int
   spatial_merge_size: int  # a visual token is a square of this many patches
   patch_size: int  # pixels
-  window_size: int  # pixels, side of an attention window
+  window_size: int | None  # pixels, side of an attention window; None: none
+  places: int | None  # a side of the table of learned positions; None: none
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> Self:
     """Reads a parsed config.json; what is absent has HF's class default."""
     vision = config.get("vision_config", {})
+    places = vision.get("num_position_embeddings")
     return cls(
       image_token_id=config.get("image_token_id", 151655),
       spatial_merge_size=vision.get("spatial_merge_size", 2),
       patch_size=vision.get("patch_size", 14),
-      window_size=vision.get("window_size", 112),
+      window_size=vision.get("window_size"),
+      places=math.isqrt(places) if places else None,
     )
 
   @property
@@ -42,12 +46,17 @@ class Layout:
 
 
 class PatchPlaces(NamedTuple):
-  """For each patch, in the order of pixel_values; segments count from 0."""
+  """For each patch, in the order of pixel_values; segments count from 0.
+
+  The fields are those of `Vision`.
+  """
 
   rows: Int[np.ndarray, " L"]
   cols: Int[np.ndarray, " L"]
   full_segments: Int[np.ndarray, " L"]  # the (picture, frame)
-  window_segments: Int[np.ndarray, " L"]  # the window of a (picture, frame)
+  window_segments: Int[np.ndarray, " L"] | None  # its window
+  place_index: Int[np.ndarray, "L 4"] | None
+  place_weight: Float[np.ndarray, "L 4"] | None
 
 
 def capacity(n: int, minimum: int = 1) -> int:
@@ -101,45 +110,88 @@ def mrope_positions(
 
 
 @functools.lru_cache(maxsize=1024)
-def _picture_places(
-  t: int, h: int, w: int, merge: int, window: int
-) -> PatchPlaces:
+def _picture_places(t: int, h: int, w: int, layout: Layout) -> PatchPlaces:
+  """Those of one picture."""
   # The processor's order: frame, block row, block column, row, column.
+  merge = layout.spatial_merge_size
   shape = (t, h // merge, w // merge, merge, merge)
   frame, block_row, block_col, row, col = np.indices(shape).reshape(5, -1)
   rows = block_row * merge + row
   cols = block_col * merge + col
-  down, across = -(-h // window), -(-w // window)
-  windows = (frame * down + rows // window) * across + cols // window
+  windows, index, weight = None, None, None
+  if layout.window_size:
+    side = layout.window_size // layout.patch_size // merge * merge
+    down, across = -(-h // side), -(-w // side)
+    windows = (frame * down + rows // side) * across + cols // side
+    windows = windows.astype(np.int32)
+  if layout.places:
+    index, weight = _nearest_places(rows, cols, h, w, layout.places)
   places = PatchPlaces(
-    *(x.astype(np.int32) for x in (rows, cols, frame, windows))
+    rows=rows.astype(np.int32),
+    cols=cols.astype(np.int32),
+    full_segments=frame.astype(np.int32),
+    window_segments=windows,
+    place_index=index,
+    place_weight=weight,
   )
   for array in places:
-    array.setflags(write=False)
+    if array is not None:
+      array.setflags(write=False)
   return places
+
+
+def _nearest_places(
+  rows: np.ndarray, cols: np.ndarray, h: int, w: int, side: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Bilinear interpolation of a table of side * side places, corners aligned.
+
+  Equal to get_vision_interpolation_indices_and_weights of transformers 5.23,
+  rounding included: int32 and float32 [L 4], in the order of (upper, lower)
+  row times (left, right) column.
+  """
+
+  def along(places: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    scaled = places.astype(np.float32) * np.float32(side - 1)
+    at = scaled / np.float32(max(size - 1, 1))
+    low = np.floor(at)
+    near = low[:, None] + np.arange(2, dtype=np.float32)
+    weight = np.float32(1) - np.abs(at[:, None] - near)
+    return np.minimum(near, side - 1).astype(np.int32), np.maximum(weight, 0)
+
+  row_index, row_weight = along(rows, h)
+  col_index, col_weight = along(cols, w)
+  index = row_index[:, :, None] * side + col_index[:, None, :]
+  weight = row_weight[:, :, None] * col_weight[:, None, :]
+  return index.reshape(-1, 4), weight.reshape(-1, 4)
 
 
 def patch_places(
   image_grid_thw: Int[np.ndarray, "I 3"], layout: Layout
 ) -> PatchPlaces:
-  """Coordinates and segments of the patches of one row's pictures.
+  """Where the patches of one lane's pictures, at least one, stand.
 
   HF permutes the patches by window; the same attention is natural order with
   these segments: equal full_segments see each other in full blocks, equal
   window_segments in window blocks. Windows are cut short at the edges.
   """
-  merge = layout.spatial_merge_size
-  window = layout.window_size // layout.patch_size // merge * merge
-  parts: list[tuple[np.ndarray, ...]] = []
+  parts = []
   frames, windows = 0, 0
   for t, h, w in np.asarray(image_grid_thw).tolist():
-    rows, cols, full, own = _picture_places(t, h, w, merge, window)
-    parts.append((rows, cols, full + frames, own + windows))
+    part = _picture_places(t, h, w, layout)
+    own = part.window_segments
+    parts.append(
+      part._replace(
+        full_segments=part.full_segments + frames,
+        window_segments=None if own is None else own + windows,
+      )
+    )
     frames += t
-    windows += int(own[-1]) + 1
-  if not parts:
-    return PatchPlaces(*np.zeros((4, 0), np.int32))
-  return PatchPlaces(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+    windows += 0 if own is None else int(own[-1]) + 1
+  joined: list[Any] = [
+    None if field[0] is None else np.concatenate(field)
+    for field in zip(*parts, strict=True)
+  ]
+  return PatchPlaces(*joined)
 
 
 def slices_of(
@@ -211,22 +263,29 @@ def pack_vision(
   if patches == 0:
     return None
   width = next(q.pixel_values.shape[1] for part in slices for q in part)
-  pixels = np.zeros((len(slices), patches, width), np.float32)
-  places = np.zeros((4, len(slices), patches), np.int32)
-  places[2:] = -1
-  for s, part in enumerate(slices):
-    if counts[s]:
-      grids = np.concatenate([q.image_grid_thw for q in part])
-      pixels[s, : counts[s]] = np.concatenate([q.pixel_values for q in part])
-      places[:, s, : counts[s]] = patch_places(grids, layout)
-  rows, cols, full_segments, window_segments = places
-  return Vision(
-    pixel_values=pixels,
-    rows=rows,
-    cols=cols,
-    full_segments=full_segments,
-    window_segments=window_segments,
+  lanes = (len(slices), patches)
+
+  def filled(value: int) -> np.ndarray:
+    return np.full(lanes, value, np.int32)
+
+  vision = Vision(
+    pixel_values=np.zeros((*lanes, width), np.float32),
+    rows=filled(0),
+    cols=filled(0),
+    full_segments=filled(-1),
+    window_segments=filled(-1) if layout.window_size else None,
+    place_index=np.zeros((*lanes, 4), np.int32) if layout.places else None,
+    place_weight=np.zeros((*lanes, 4), np.float32) if layout.places else None,
   )
+  for s, part in enumerate(slices):
+    if n := counts[s]:
+      pixels = np.concatenate([q.pixel_values for q in part])
+      vision.pixel_values[s, :n] = pixels
+      grids = np.concatenate([q.image_grid_thw for q in part])
+      for name, places in patch_places(grids, layout)._asdict().items():
+        if places is not None:
+          getattr(vision, name)[s, :n] = places
+  return vision
 
 
 def collate(

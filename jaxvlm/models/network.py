@@ -13,11 +13,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxvlm.nn import kv_cache
+from jaxvlm.nn.decoder import Embeds, visual_columns
 from jaxvlm.nn.kv_cache import KVCache
+from jaxvlm.nn.vision import Features
 from jaxvlm.sharding import constrain
 from jaxvlm.types import Params, Vision
 
-FAMILIES = ("qwen2_5_vl",)
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 REMAT = ("none", "full")
 
 
@@ -93,7 +95,7 @@ class Network:
     """ "vision_tower", "merger" or "decoder": where a leaf of Params lies."""
     if path[0] != "visual":
       return "decoder"
-    return "merger" if path[1] == "merger" else "vision_tower"
+    return "merger" if "merger" in path[1] else "vision_tower"
 
   @functools.cached_property
   def skeleton(self) -> Any:
@@ -114,8 +116,8 @@ class Network:
 
   # -- training and prefill --------------------------------------------------
 
-  def encode(self, params: Params, vision: Vision) -> Float[Array, "S M D"]:
-    """Visual tokens of every lane; those of padding mean nothing."""
+  def encode(self, params: Params, vision: Vision) -> Features:
+    """What the vision tower sees in every lane; padding means nothing."""
     tower = _merge(self.skeleton.visual, params["visual"])
     return tower(vision, dtype=self.dtype, remat=self.remat)
 
@@ -124,33 +126,26 @@ class Network:
     params: Params,
     ids: Int[Array, "Q P"],
     vision_index: Int[Array, "Q P"],
-    features: Float[Array, "S M D"] | None,
-  ) -> Float[Array, "Q P D"]:
+    features: Features | None,
+  ) -> Embeds:
     """Token vectors, with visual tokens where vision_index is not negative.
 
     Args:
       params: the tree.
       ids: token ids.
-      vision_index: place of a visual token within the question's own lane,
-        which is the s-th for the s-th of S equal slices of the questions; -1
-        for text.
+      vision_index: as in `decoder.visual_columns`.
       features: what `encode` gave; None for a batch of text alone.
     """
-    x = self._embed_tokens(params, ids)
-    if features is None:
-      return x
-    lanes = features.shape[0]
-    index = vision_index.reshape(lanes, -1)
-    shown = jnp.take_along_axis(
-      features, jnp.maximum(index, 0)[:, :, None], axis=1
-    )
-    shown = constrain(shown.reshape(x.shape), "question", None, None)
-    return jnp.where((vision_index >= 0)[:, :, None], shown, x)
+    tokens, levels = self._embed_tokens(params, ids), None
+    if features is not None:
+      tokens = visual_columns(features.tokens, vision_index, tokens)
+      levels = features.levels
+    return Embeds(tokens=tokens, levels=levels, vision_index=vision_index)
 
   def forward(
     self,
     params: Params,
-    embeds: Float[Array, "Q T D"],
+    embeds: Embeds,
     position_ids: Int[Array, "3 Q T"],
     branch_ids: Int[Array, "Q T"],
   ) -> Float[Array, "Q T D"]:
@@ -161,7 +156,7 @@ class Network:
     """
     decoder = _merge(self.skeleton.language_model, params["language_model"])
     keys, queries = branch_ids[:, None, :], branch_ids[:, :, None]
-    mask = _causal(embeds.shape[1]) & ((keys == 0) | (keys == queries))
+    mask = _causal(position_ids.shape[2]) & ((keys == 0) | (keys == queries))
     x, _ = decoder(
       embeds, position_ids, mask, keep_cache=False, remat=self.remat
     )
@@ -178,13 +173,13 @@ class Network:
   def prefill(
     self,
     params: Params,
-    embeds: Float[Array, "Q P D"],
+    embeds: Embeds,
     position_ids: Int[Array, "3 Q P"],
     prompt_mask: Bool[Array, "Q P"],
   ) -> tuple[Float[Array, "Q D"], list[KVCache]]:
     """Hidden state of each prompt's last token, and its K and V by layer."""
     decoder = _merge(self.skeleton.language_model, params["language_model"])
-    mask = _causal(embeds.shape[1]) & prompt_mask[:, None, :]
+    mask = _causal(position_ids.shape[2]) & prompt_mask[:, None, :]
     x, caches = decoder(
       embeds, position_ids, mask, keep_cache=True, remat=self.remat
     )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxvlm.nn import kv_cache, rope
 from jaxvlm.nn.kv_cache import KVCache
-from jaxvlm.nn.layers import Linear
+from jaxvlm.nn.layers import Linear, RMSNorm
 
 
 def attend(
@@ -82,7 +82,7 @@ def _softmax(
 
 
 class Attention(nnx.Module):
-  """The decoder's attention. HF: Qwen2_5_VLAttention."""
+  """The decoder's attention. HF: Qwen2_5_VLAttention, Qwen3VLTextAttention."""
 
   def __init__(
     self,
@@ -91,6 +91,8 @@ class Attention(nnx.Module):
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    qkv_bias: bool,
+    qk_norm_eps: float | None,  # None: queries and keys are not normalized
     std: float,
     dtype: Any,
     rngs: nnx.Rngs,
@@ -100,16 +102,24 @@ class Attention(nnx.Module):
     kv_head = ("kv_heads", "head_dim")
     q_shape = (num_heads, head_dim)
     kv_shape = (num_kv_heads, head_dim)
-    self.q_proj = linear((size,), q_shape, axes=("embed", *head), use_bias=True)
+    self.q_proj = linear(
+      (size,), q_shape, axes=("embed", *head), use_bias=qkv_bias
+    )
     self.k_proj = linear(
-      (size,), kv_shape, axes=("embed", *kv_head), use_bias=True
+      (size,), kv_shape, axes=("embed", *kv_head), use_bias=qkv_bias
     )
     self.v_proj = linear(
-      (size,), kv_shape, axes=("embed", *kv_head), use_bias=True
+      (size,), kv_shape, axes=("embed", *kv_head), use_bias=qkv_bias
     )
     self.o_proj = linear(
       q_shape, (size,), axes=(*head, "embed"), use_bias=False
     )
+    self.q_norm: Any = nnx.data(None)
+    self.k_norm: Any = nnx.data(None)
+    if qk_norm_eps is not None:
+      # One weight for all heads.
+      self.q_norm = RMSNorm(head_dim, eps=qk_norm_eps, dtype=dtype)
+      self.k_norm = RMSNorm(head_dim, eps=qk_norm_eps, dtype=dtype)
 
   def __call__(
     self,
@@ -139,6 +149,9 @@ class Attention(nnx.Module):
   def _project(
     self, x: Float[Array, "B T D"], angles: Float[Array, "B T F"]
   ) -> tuple[Float[Array, "B T N H"], KVCache]:
-    query = rope.rotate(self.q_proj(x), angles, dtype=x.dtype)
-    keys = rope.rotate(self.k_proj(x), angles, dtype=x.dtype)
+    query, keys = self.q_proj(x), self.k_proj(x)
+    if self.q_norm is not None:
+      query, keys = self.q_norm(query), self.k_norm(keys)
+    query = rope.rotate(query, angles, dtype=x.dtype)
+    keys = rope.rotate(keys, angles, dtype=x.dtype)
     return query, KVCache(keys=keys, values=self.v_proj(x))

@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -13,6 +14,7 @@ from jaxvlm.nn.attention import Attention
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.nn.layers import Embed, GatedMLP, RMSNorm, scan, stack
 from jaxvlm.sharding import constrain
+from jaxvlm.types import record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,18 +30,56 @@ class TextConfig:
   rms_norm_eps: float
   max_position_embeddings: int
   initializer_range: float
+  head_dim: int
   rope_theta: float
   mrope_section: tuple[int, ...]
 
-  @property
-  def head_dim(self) -> int:
-    return self.hidden_size // self.num_attention_heads
+
+@record
+class Embeds:
+  """What the decoder reads."""
+
+  tokens: Float[Array, "B T D"]
+  # DeepStack: features of the pictures from K depths of the vision tower. The
+  # k-th are added to the visual tokens after the k-th layer.
+  levels: Float[Array, "K S M D"] | None
+  vision_index: Int[Array, "B T"]
+
+
+def visual_columns(
+  features: Float[Array, "S M D"],
+  vision_index: Int[Array, "B T"],
+  other: Float[Array, "B T D"],
+) -> Float[Array, "B T D"]:
+  """Each visual token's own feature; `other` at the columns of text.
+
+  Args:
+    features: of S lanes.
+    vision_index: place of a visual token within the question's own lane,
+      which is the s-th for the s-th of S equal slices of the questions; -1
+      for text.
+    other: what stands at the columns of text.
+  """
+  index = vision_index.reshape(features.shape[0], -1)
+  shown = jnp.take_along_axis(
+    features, jnp.maximum(index, 0)[:, :, None], axis=1
+  )
+  shown = constrain(shown.reshape(other.shape), "question", None, None)
+  return jnp.where((vision_index >= 0)[:, :, None], shown, other)
 
 
 class DecoderLayer(nnx.Module):
-  """HF: Qwen2_5_VLDecoderLayer."""
+  """HF: Qwen2_5_VLDecoderLayer, Qwen3VLTextDecoderLayer."""
 
-  def __init__(self, config: TextConfig, *, dtype: Any, rngs: nnx.Rngs):
+  def __init__(
+    self,
+    config: TextConfig,
+    *,
+    qkv_bias: bool,
+    qk_norm: bool,
+    dtype: Any,
+    rngs: nnx.Rngs,
+  ):
     norm = functools.partial(
       RMSNorm, config.hidden_size, eps=config.rms_norm_eps, dtype=dtype
     )
@@ -49,6 +89,8 @@ class DecoderLayer(nnx.Module):
       num_heads=config.num_attention_heads,
       num_kv_heads=config.num_key_value_heads,
       head_dim=config.head_dim,
+      qkv_bias=qkv_bias,
+      qk_norm_eps=config.rms_norm_eps if qk_norm else None,
       std=config.initializer_range,
       dtype=dtype,
       rngs=rngs,
@@ -83,13 +125,18 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-  """HF: Qwen2_5_VLTextModel. Layers are stacked, or a list for decoding."""
+  """HF: Qwen2_5_VLTextModel, Qwen3VLTextModel.
+
+  Layers are stacked, or a list for decoding.
+  """
 
   def __init__(
     self,
     config: TextConfig,
     *,
     axis_of: tuple[int, ...],  # of position_ids, for each rotary pair
+    qkv_bias: bool,
+    qk_norm: bool,
     stacked: bool,
     dtype: Any,
     rngs: nnx.Rngs,
@@ -99,11 +146,14 @@ class Decoder(nnx.Module):
     self.embed_tokens = Embed(
       config.vocab_size,
       config.hidden_size,
+      axes=("vocab", "embed"),
       std=config.initializer_range,
       dtype=dtype,
       rngs=rngs,
     )
-    layer = functools.partial(DecoderLayer, config, dtype=dtype)
+    layer = functools.partial(
+      DecoderLayer, config, qkv_bias=qkv_bias, qk_norm=qk_norm, dtype=dtype
+    )
     count = config.num_hidden_layers
     self.layers: Any
     if stacked:
@@ -116,7 +166,7 @@ class Decoder(nnx.Module):
 
   def __call__(
     self,
-    x: Float[Array, "B T D"],
+    embeds: Embeds,
     position_ids: Int[Array, "3 B T"],
     mask: Bool[Array, "B T T"],
     *,
@@ -125,14 +175,25 @@ class Decoder(nnx.Module):
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Hidden states after the last norm; K and V stacked over layers."""
     angles = self._angles(position_ids)
+    levels = embeds.levels
+    count = 0 if levels is None else len(levels)
+
+    def add_level(x: jax.Array, i: jax.Array) -> jax.Array:
+      features = jax.lax.dynamic_index_in_dim(levels, i, keepdims=False)
+      return x + visual_columns(
+        features, embeds.vision_index, jnp.zeros_like(x)
+      )
 
     def call(
-      layer: DecoderLayer, x: jax.Array, _: None
+      layer: DecoderLayer, x: jax.Array, i: jax.Array
     ) -> tuple[jax.Array, KVCache | None]:
       x, cache = layer(x, angles, mask)
+      if count:
+        x = jax.lax.cond(i < count, add_level, lambda x, i: x, x, i)
       return x, cache if keep_cache else None
 
-    x, caches = scan(self.layers, call, x, remat=remat)
+    places = jnp.arange(self.config.num_hidden_layers)
+    x, caches = scan(self.layers, call, embeds.tokens, places, remat=remat)
     return self.norm(x), caches
 
   def decode(

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 M = TypeVar("M", bound=nnx.Module)
+T = TypeVar("T")
 
 
 def param(
@@ -82,12 +83,19 @@ class Embed(nnx.Module):
   """A table of vectors. The caller names the dtype: ids have none to follow."""
 
   def __init__(
-    self, vocab_size: int, size: int, *, std: float, dtype: Any, rngs: nnx.Rngs
+    self,
+    count: int,
+    size: int,
+    *,
+    axes: tuple[str, str],
+    std: float,
+    dtype: Any,
+    rngs: nnx.Rngs,
   ):
-    shape = (vocab_size, size)
+    shape = (count, size)
     self.embedding = param(
       normal(shape, std=std, dtype=dtype, rngs=rngs),
-      axes=("vocab", "embed"),
+      axes=axes,
       hf_shape=shape,
     )
 
@@ -108,6 +116,52 @@ class RMSNorm(nnx.Module):
     y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
     weight = self.weight.astype(x.dtype)
     return y.astype(x.dtype) * jnp.broadcast_to(weight, x.shape)
+
+
+class LayerNorm(nnx.Module):
+  """torch's LayerNorm: all of it in float32, then cast back."""
+
+  def __init__(self, size: int, *, eps: float, dtype: Any):
+    self.eps = eps
+    self.weight = param(jnp.ones(size, dtype), axes=("norm",), hf_shape=(size,))
+    self.bias = param(jnp.zeros(size, dtype), axes=("norm",), hf_shape=(size,))
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    y = x.astype(jnp.float32)
+    # Two passes: E[y^2] - E[y]^2 loses digits of a stream with an offset.
+    y -= jnp.mean(y, axis=-1, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    weight, bias = (
+      jnp.broadcast_to(p.astype(jnp.float32), x.shape)
+      for p in (self.weight, self.bias)
+    )
+    return (y * weight + bias).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+  """fc2(act(fc1(x))): the two layers of HF's Qwen3VLVisionMLP and mergers."""
+
+  def __init__(
+    self,
+    size: int,
+    mlp_size: int,
+    out_size: int,
+    *,
+    act: Callable[[jax.Array], jax.Array],
+    axes: tuple[str, str],  # of its input and its output
+    std: float,
+    dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    self.act = act
+    linear = functools.partial(
+      Linear, use_bias=True, std=std, dtype=dtype, rngs=rngs
+    )
+    self.linear_fc1 = linear((size,), (mlp_size,), axes=(axes[0], "mlp"))
+    self.linear_fc2 = linear((mlp_size,), (out_size,), axes=("mlp", axes[1]))
+
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
+    return self.linear_fc2(self.act(self.linear_fc1(x)))
 
 
 class GatedMLP(nnx.Module):
@@ -151,18 +205,18 @@ def stack(make: Callable[..., M], count: int, *, rngs: nnx.Rngs) -> M:
 
 def scan(
   layers: M,
-  call: Callable[[M, jax.Array, Any], tuple[jax.Array, Any]],
-  x: jax.Array,
+  call: Callable[[M, T, Any], tuple[T, Any]],
+  x: T,
   inputs: Any = None,
   *,
   remat: str,
-) -> tuple[jax.Array, Any]:
+) -> tuple[T, Any]:
   """Runs x through stacked layers, compiled once whatever their number.
 
   Args:
     layers: what `stack` made.
     call: (layer, x, its slice of inputs) -> (x, output).
-    x: the stream.
+    x: the stream, a pytree.
     inputs: pytree of arrays with a leading layer axis.
     remat: "none" keeps what the backward pass needs; "full" keeps only x
       between layers and computes the rest again.
@@ -172,7 +226,7 @@ def scan(
   """
   definition, weights = nnx.split(layers)
 
-  def body(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+  def body(x: T, layer: tuple[Any, Any]) -> tuple[T, Any]:
     weights, inputs = layer
     return call(nnx.merge(definition, weights), x, inputs)
 

@@ -55,6 +55,16 @@ def chunked_axes(mrope_section: tuple[int, ...]) -> tuple[int, ...]:
   return tuple(int(i) for i in np.repeat(np.arange(3), mrope_section))
 
 
+def interleaved_axes(
+  mrope_section: tuple[int, ...], head_dim: int
+) -> tuple[int, ...]:
+  """Qwen3-VL's layout: time, height and width in turn, and time to the end."""
+  axes = np.zeros(head_dim // 2, np.int64)
+  for axis in (1, 2):
+    axes[axis : 3 * mrope_section[axis] : 3] = axis
+  return tuple(axes.tolist())
+
+
 def rotate(
   x: Float[Array, "*B N H"], angles: Float[Array, "*B F"], *, dtype: Any
 ) -> Float[Array, "*B N H"]:

@@ -1,20 +1,57 @@
 """The vision tower's pieces. Patches stand in lanes: [S L ...]."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxvlm.nn import rope
 from jaxvlm.nn.attention import attend
-from jaxvlm.nn.layers import GatedMLP, Linear, RMSNorm
+from jaxvlm.nn.layers import MLP, Linear
+from jaxvlm.types import record
 
 EPS = 1e-6  # hard-coded in HF's towers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+  """A vision tower, in config.json's names."""
+
+  depth: int
+  hidden_size: int
+  intermediate_size: int
+  num_heads: int
+  in_channels: int
+  patch_size: int
+  temporal_patch_size: int
+  spatial_merge_size: int
+  out_hidden_size: int
+  initializer_range: float
+  rope_theta: float
+
+  @property
+  def head_dim(self) -> int:
+    return self.hidden_size // self.num_heads
+
+  @property
+  def patch_shape(self) -> tuple[int, int, int, int]:
+    sides = (self.patch_size, self.patch_size)
+    return (self.in_channels, self.temporal_patch_size, *sides)
+
+
+@record
+class Features:
+  """What a vision tower sees: the visual tokens of each lane."""
+
+  tokens: Float[Array, "S M D"]
+  levels: Float[Array, "K S M D"] | None  # DeepStack's; None: the family's none
 
 
 class PatchEmbed(nnx.Module):
@@ -25,6 +62,7 @@ class PatchEmbed(nnx.Module):
     patch_shape: tuple[int, ...],  # channels, time, rows, columns
     size: int,
     *,
+    use_bias: bool,
     std: float,
     dtype: Any,
     rngs: nnx.Rngs,
@@ -34,7 +72,7 @@ class PatchEmbed(nnx.Module):
       (size,),
       axes=("patch", "vision_embed"),
       hf_shape=(size, *patch_shape),
-      use_bias=False,
+      use_bias=use_bias,
       std=std,
       dtype=dtype,
       rngs=rngs,
@@ -74,33 +112,31 @@ class VisionAttention(nnx.Module):
     return self.proj(attend(query, keys, values, mask))
 
 
+def within(segments: Int[Array, "S L"]) -> Bool[Array, "S L L"]:
+  """Who sees whom: patches of one segment. Padding (-1) is a segment too, so
+  that no query is left without a key."""
+  return segments[:, :, None] == segments[:, None, :]
+
+
 class VisionBlock(nnx.Module):
-  """HF: Qwen2_5_VLVisionBlock."""
+  """HF: Qwen2_5_VLVisionBlock, Qwen3VLVisionBlock."""
 
   def __init__(
     self,
     size: int,
-    mlp_size: int,
     *,
     num_heads: int,
+    make_norm: Callable[[], nnx.Module],
+    make_mlp: Callable[[], nnx.Module],
     std: float,
     dtype: Any,
     rngs: nnx.Rngs,
   ):
-    self.norm1 = RMSNorm(size, eps=EPS, dtype=dtype)
-    self.norm2 = RMSNorm(size, eps=EPS, dtype=dtype)
+    self.norm1, self.norm2 = make_norm(), make_norm()
     self.attn = VisionAttention(
       size, num_heads=num_heads, std=std, dtype=dtype, rngs=rngs
     )
-    self.mlp = GatedMLP(
-      size,
-      mlp_size,
-      axis="vision_embed",
-      use_bias=True,
-      std=std,
-      dtype=dtype,
-      rngs=rngs,
-    )
+    self.mlp = make_mlp()
 
   def __call__(
     self,
@@ -112,11 +148,12 @@ class VisionBlock(nnx.Module):
     return x + self.mlp(self.norm2(x))
 
 
-class PatchMerger(nnx.Module):
-  """Four neighbouring patches -> one token. HF: Qwen2_5_VLPatchMerger.
+class PatchMerger(MLP):
+  """Four neighbouring patches -> one token.
 
-  HF names its two linear layers mlp.0 and mlp.2; here they have the names
-  that they have in HF's Qwen3-VL.
+  HF: Qwen2_5_VLPatchMerger, Qwen3VLVisionPatchMerger. The first calls norm
+  ln_q and the two linear layers mlp.0 and mlp.2; here they have the second's
+  names. The norm is over a patch, or over all four where it is wide.
   """
 
   def __init__(
@@ -125,20 +162,32 @@ class PatchMerger(nnx.Module):
     out_size: int,
     *,
     patches: int,
+    norm: nnx.Module,
+    norm_after: bool,
     std: float,
     dtype: Any,
     rngs: nnx.Rngs,
   ):
-    linear = functools.partial(
-      Linear, use_bias=True, std=std, dtype=dtype, rngs=rngs
+    wide = patches * size
+    # The exact GELU, not the tanh form that is jax's default.
+    super().__init__(
+      wide,
+      wide,
+      out_size,
+      act=functools.partial(jax.nn.gelu, approximate=False),
+      axes=("vision_embed", "embed"),
+      std=std,
+      dtype=dtype,
+      rngs=rngs,
     )
     self.patches = patches
-    wide = patches * size
-    self.ln_q = RMSNorm(size, eps=EPS, dtype=dtype)
-    self.linear_fc1 = linear((wide,), (wide,), axes=("vision_embed", "mlp"))
-    self.linear_fc2 = linear((wide,), (out_size,), axes=("mlp", "embed"))
+    self.norm = norm
+    self.norm_after = norm_after
 
   def __call__(self, x: Float[Array, "S L E"]) -> Float[Array, "S M D"]:
-    x = rearrange(self.ln_q(x), "S (M R) E -> S M (R E)", R=self.patches)
-    # The exact GELU, not the tanh form that is jax's default.
-    return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=False))
+    if not self.norm_after:
+      x = self.norm(x)
+    x = rearrange(x, "S (M R) E -> S M (R E)", R=self.patches)
+    if self.norm_after:
+      x = self.norm(x)
+    return super().__call__(x)

@@ -9,6 +9,7 @@ import pytest
 
 from jaxvlm import sharding
 from jaxvlm.models import find_family, load_params
+from jaxvlm.nn.vision import Features
 from jaxvlm.types import Vision
 
 GROUP = 3
@@ -227,12 +228,13 @@ def test_decoding_equals_the_forward_pass(
 
 
 def test_a_lane_is_read_by_its_own_questions_alone(network, params):
-  features = jnp.arange(2 * 3 * 64, dtype=jnp.float32).reshape(2, 3, 64)
+  tokens = jnp.arange(2 * 3 * 64, dtype=jnp.float32).reshape(2, 3, 64)
+  features = Features(tokens=tokens, levels=None)
   ids = np.zeros((4, 2), int)
   index = np.array([[0, -1], [1, 2], [0, 1], [-1, 2]])
-  got = network.embed(params, ids, index, features)
+  got = network.embed(params, ids, index, features).tokens
   text = params["language_model"]["embed_tokens"]["embedding"][0]
-  rows = features.reshape(6, 64)
+  rows = tokens.reshape(6, 64)
   expected = [[rows[0], text], [rows[1], rows[2]]]
   expected += [[rows[3], rows[4]], [text, rows[5]]]
   np.testing.assert_array_equal(got, np.array(expected))
@@ -242,12 +244,17 @@ def test_no_gather_crosses_lanes(network, directory):
   mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)
   params = load_params(network, directory, mesh)
   ids, features = sharding.place(
-    mesh, (np.zeros((16, 12), int), np.zeros((8, 4, 64), np.float32))
+    mesh,
+    (
+      np.zeros((16, 12), int),
+      Features(tokens=np.zeros((8, 4, 64), np.float32), levels=None),
+    ),
   )
 
   def loss(features, params, ids):
     with sharding.use(mesh):
-      return jnp.sum(network.embed(params, ids, ids, features) ** 2, (1, 2))
+      embeds = network.embed(params, ids, ids, features)
+      return jnp.sum(embeds.tokens**2, (1, 2))
 
   backward = lambda *args: jax.vjp(loss, *args)[1](jnp.ones(16))[0]
   text = jax.jit(backward).lower(features, params, ids).compile().as_text()
@@ -267,6 +274,8 @@ def test_a_mesh_changes_nothing(network, params, directory, sizes):
     cols=np.tile(np.arange(16) % 4, (lanes, 1)),
     full_segments=np.zeros((lanes, 16), int),
     window_segments=np.tile(np.arange(16) // 8, (lanes, 1)),
+    place_index=None,
+    place_weight=None,
   )
   ids = random.integers(1, 150, (lanes, 10))
   index = np.tile([-1, 0, 1, 2, 3, -1, -1, -1, -1, -1], (lanes, 1))
@@ -301,7 +310,7 @@ def test_every_weight_names_its_axes_and_its_part(network):
     for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
   }
   assert parts == {"vision_tower", "merger", "decoder"}
-  assert network.part_of(("visual", "merger", "ln_q", "weight")) == "merger"
+  assert network.part_of(("visual", "merger", "norm", "weight")) == "merger"
   assert network.part_of(("lm_head", "kernel")) == "decoder"
 
 

@@ -51,7 +51,7 @@ def test_merged_visual_tokens_equal_transformers(
     expected = hf.model.visual(
       hf_inputs["pixel_values"], hf_inputs["image_grid_thw"]
     ).pooler_output.numpy()
-  features = np.asarray(jax.jit(network.encode)(params, prompts.vision))
+  features = np.asarray(jax.jit(network.encode)(params, prompts.vision).tokens)
   real_patches = np.asarray(prompts.vision.full_segments) >= 0
   got = features[real_patches[:, ::4]]
   np.testing.assert_allclose(got, expected, atol=5e-5, rtol=0)
@@ -311,10 +311,10 @@ def test_logits_move_without_the_bias_of(
 def test_a_merger_with_the_tanh_gelu_fails_the_gate(
   monkeypatch, network, params, prompts
 ):
-  expected = network.encode(params, prompts.vision)
+  expected = network.encode(params, prompts.vision).tokens
   gelu = jax.nn.gelu
   monkeypatch.setattr(jax.nn, "gelu", lambda x, approximate: gelu(x))
-  got = network.encode(params, prompts.vision)
+  got = network.encode(params, prompts.vision).tokens
   assert jnp.abs(got - expected).max() > 5e-5
 
 

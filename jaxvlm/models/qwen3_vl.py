@@ -1,0 +1,227 @@
+"""Qwen3-VL (dense), equal to Hugging Face transformers 5.23."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxvlm.models import config as base
+from jaxvlm.nn import rope, vision
+from jaxvlm.nn.decoder import Decoder
+from jaxvlm.nn.layers import MLP, Embed, LayerNorm, Linear, scan, stack
+from jaxvlm.nn.vision import Features
+from jaxvlm.sharding import constrain
+from jaxvlm.types import Vision
+
+RENAMED: dict[str, str] = {}
+HUB_NAMES = {
+  "language_model.": "model.language_model.",
+  "visual.": "model.visual.",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(vision.VisionConfig):
+  """The vision tower, in config.json's names."""
+
+  num_position_embeddings: int  # of a square table
+  deepstack_visual_indexes: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(base.Config):
+  """A Qwen3-VL architecture."""
+
+  model_type = "qwen3_vl"
+  architecture = "Qwen3VLForConditionalGeneration"
+  vision_class = VisionConfig
+  vision_act = "gelu_pytorch_tanh"
+  text_defaults: ClassVar[Mapping[str, Any]] = {
+    "head_dim": 128,
+    "rope_theta": 500000.0,
+    "mrope_section": (24, 20, 20),
+  }
+
+  vision_config: VisionConfig
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    tower, layers = self.vision_config, self.text_config.num_hidden_layers
+    taps = tower.deepstack_visual_indexes
+    sorted_ = list(taps) == sorted(set(taps))
+    if not sorted_ or any(not 0 <= tap < tower.depth for tap in taps):
+      raise ValueError(
+        f"config: deepstack_visual_indexes are {taps}; expected rising numbers "
+        f"of the {tower.depth} blocks."
+      )
+    if len(taps) > layers:
+      raise ValueError(
+        f"config: {len(taps)} deepstack_visual_indexes for {layers} layers."
+      )
+
+
+class VisionTower(nnx.Module):
+  """HF: Qwen3VLVisionModel."""
+
+  def __init__(self, config: VisionConfig, *, dtype: Any, rngs: nnx.Rngs):
+    size, std = config.hidden_size, config.initializer_range
+    patches = config.spatial_merge_size**2
+    norm = functools.partial(LayerNorm, eps=vision.EPS, dtype=dtype)
+
+    def make_block(*, rngs: nnx.Rngs) -> vision.VisionBlock:
+      make_mlp = functools.partial(
+        MLP,
+        size,
+        config.intermediate_size,
+        size,
+        act=functools.partial(jax.nn.gelu, approximate=True),
+        axes=("vision_embed", "vision_embed"),
+        std=std,
+        dtype=dtype,
+        rngs=rngs,
+      )
+      return vision.VisionBlock(
+        size,
+        num_heads=config.num_heads,
+        make_norm=functools.partial(norm, size),
+        make_mlp=make_mlp,
+        std=std,
+        dtype=dtype,
+        rngs=rngs,
+      )
+
+    def make_merger(*, norm_after: bool, rngs: nnx.Rngs) -> vision.PatchMerger:
+      return vision.PatchMerger(
+        size,
+        config.out_hidden_size,
+        patches=patches,
+        norm=norm(patches * size if norm_after else size),
+        norm_after=norm_after,
+        std=std,
+        dtype=dtype,
+        rngs=rngs,
+      )
+
+    self.config = config
+    self.patch_embed = vision.PatchEmbed(
+      config.patch_shape, size, use_bias=True, std=std, dtype=dtype, rngs=rngs
+    )
+    self.pos_embed = Embed(
+      config.num_position_embeddings,
+      size,
+      axes=("place", "vision_embed"),
+      std=std,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    self.blocks = stack(make_block, config.depth, rngs=rngs)
+    self.merger = make_merger(norm_after=False, rngs=rngs)
+    self.deepstack_merger_list: Any = nnx.data(None)
+    if config.deepstack_visual_indexes:
+      self.deepstack_merger_list = stack(
+        functools.partial(make_merger, norm_after=True),
+        len(config.deepstack_visual_indexes),
+        rngs=rngs,
+      )
+
+  def __call__(self, inputs: Vision, *, dtype: Any, remat: str) -> Features:
+    config = self.config
+    angles = rope.vision_angles(
+      jnp.asarray(inputs.rows),
+      jnp.asarray(inputs.cols),
+      head_dim=config.head_dim,
+      theta=config.rope_theta,
+    )
+    mask = vision.within(jnp.asarray(inputs.full_segments))
+    x = self.patch_embed(jnp.asarray(inputs.pixel_values, dtype))
+    x += self._places(inputs).astype(dtype)
+    taps = config.deepstack_visual_indexes
+
+    def call(
+      block: vision.VisionBlock, carry: Any, slot: jax.Array
+    ) -> tuple[Any, None]:
+      x, tapped = carry
+      x = constrain(block(x, angles, mask), "lane", None, None)
+      if taps:
+        tapped = jax.lax.cond(
+          slot >= 0, _put, lambda tapped, x, slot: tapped, tapped, x, slot
+        )
+      return (x, tapped), None
+
+    # Where each block's output goes; -1: it is no tap.
+    slots = np.full(config.depth, -1, np.int32)
+    slots[list(taps)] = np.arange(len(taps))
+    tapped = jnp.zeros((len(taps), *x.shape), x.dtype)
+    (x, tapped), _ = scan(
+      self.blocks, call, (x, tapped), jnp.asarray(slots), remat=remat
+    )
+    if not taps:
+      return Features(tokens=self.merger(x), levels=None)
+    levels = _merge_levels(self.deepstack_merger_list, tapped, remat=remat)
+    return Features(tokens=self.merger(x), levels=levels)
+
+  def _places(self, inputs: Vision) -> Float[Array, "S L E"]:
+    """Learned positions, interpolated from the table's four nearest places."""
+    assert inputs.place_index is not None and inputs.place_weight is not None
+    total = jnp.float32(0)
+    for i in range(inputs.place_index.shape[-1]):
+      row = self.pos_embed(inputs.place_index[..., i], jnp.float32)
+      weight = jnp.asarray(inputs.place_weight[..., i, None])
+      total += row * jnp.broadcast_to(weight, row.shape)
+    return total
+
+
+def _put(tapped: jax.Array, x: jax.Array, slot: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_update_index_in_dim(tapped, x, slot, axis=0)
+
+
+def _merge_levels(
+  mergers: vision.PatchMerger,
+  tapped: Float[Array, "K S L E"],
+  *,
+  remat: str,
+) -> Float[Array, "K S M D"]:
+  """Each tap through its own merger."""
+
+  def call(
+    merger: vision.PatchMerger, none: None, x: jax.Array
+  ) -> tuple[None, jax.Array]:
+    return none, merger(x)
+
+  _, levels = scan(mergers, call, None, tapped, remat=remat)
+  return levels
+
+
+class Model(nnx.Module):
+  """The whole tree of weights, with HF's names."""
+
+  def __init__(
+    self, config: Config, *, stacked: bool, dtype: Any, rngs: nnx.Rngs
+  ):
+    text = config.text_config
+    self.visual = VisionTower(config.vision_config, dtype=dtype, rngs=rngs)
+    self.language_model = Decoder(
+      text,
+      axis_of=rope.interleaved_axes(text.mrope_section, text.head_dim),
+      qkv_bias=False,
+      qk_norm=True,
+      stacked=stacked,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    if not config.tie_word_embeddings:
+      self.lm_head = Linear(
+        (text.hidden_size,),
+        (text.vocab_size,),
+        axes=("embed", "vocab"),
+        use_bias=False,
+        std=text.initializer_range,
+        dtype=dtype,
+        rngs=rngs,
+      )
