@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -46,14 +47,20 @@ def load_network(
 
 
 def load_params(
-  network: Network, directory: str | pathlib.Path, mesh: Mesh | None = None
+  network: Network,
+  directory: str | pathlib.Path,
+  mesh: Mesh | None = None,
+  progress: Callable[[int], object] = lambda weights: None,
 ) -> Params:
   """Reads the weights of a checkpoint directory, cast to param_dtype.
+
+  Each process reads what its own devices hold, one leaf at a time.
 
   Args:
     network: from `load_network`.
     directory: has model.safetensors, or an index and its files.
     mesh: lays each weight out by its logical axes; None: on one device.
+    progress: called with the number of weights read since its last call.
 
   Raises:
     ValueError: a file that is missing or cut short; a tensor that is missing,
@@ -61,20 +68,29 @@ def load_params(
   """
   axes = traverse_util.flatten_dict(network.axes())
 
-  def place(weight: Weight, leaf: np.ndarray) -> jax.Array:
-    leaf = leaf.astype(network.param_dtype)
-    if mesh is None:
-      return jax.numpy.array(leaf)
-    layout = sharding.sharding(mesh, axes[weight.path], leaf.shape)
-    return jax.make_array_from_callback(
-      leaf.shape, layout, lambda index: leaf[index]
+  def make(weight: Weight, read: Callable[[hf.Index], np.ndarray]) -> jax.Array:
+    layout: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(
+      jax.local_devices()[0]
     )
+    if mesh is not None:
+      layout = sharding.sharding(mesh, axes[weight.path], weight.shape)
+    parts: dict[str, np.ndarray] = {}  # that several devices hold
+
+    def part(index: Any) -> np.ndarray:
+      if (key := str(index)) not in parts:
+        parts[key] = read(index)
+      return parts[key]
+
+    array = jax.make_array_from_callback(weight.shape, layout, part)
+    progress(array.size)
+    return array
 
   return hf.read(
     weights(network),
     hf.find_tensors(pathlib.Path(directory), _to_ours),
     ignored=["lm_head.weight"] if network.config.tie_word_embeddings else [],
-    place=place,
+    dtype=network.param_dtype,
+    make=make,
   )
 
 
@@ -83,6 +99,7 @@ def save_hf(
   params: Params,
   source_dir: str | pathlib.Path,
   destination: str | pathlib.Path,
+  progress: Callable[[int], object] = lambda written: None,
 ) -> None:
   """Writes a directory that transformers loads, with the hub's tensor names.
 
@@ -91,12 +108,15 @@ def save_hf(
 
   Args:
     network: the architecture.
-    params: its weights, written in their own dtype.
+    params: its weights, cast to param_dtype; arrays of jax, or whatever
+      numpy makes arrays of, a layer at a time.
     source_dir: whose config, tokenizer, processor and other files go along.
     destination: an earlier export there is replaced.
+    progress: called with the number of bytes written since its last call.
 
   Raises:
     ValueError: the destination holds something else than a model.
+    OSError: a file cannot be written, as on a full disk.
   """
   destination = pathlib.Path(destination)
   if destination.exists() and not (destination / "config.json").is_file():
@@ -106,27 +126,40 @@ def save_hf(
     )
   aside = destination.with_name(f".{destination.name}.partial")
   writer = jax.process_index() == 0
-  if writer:
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _copy_companions(network, pathlib.Path(source_dir), aside)
   leaves = traverse_util.flatten_dict(params)
 
-  def fetch(weight: Weight) -> np.ndarray | None:
+  def fetch(weight: Weight) -> Iterable[np.ndarray] | np.ndarray:
     leaf = leaves[weight.path]
-    if not leaf.is_fully_addressable:
-      leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf) if writer else None
+    if weight.stacked:
+      return (_fetch(leaf[i]) for i in range(len(weight.names)))
+    return _fetch(leaf)
 
   family = find_family(network.config.model_type)
-  hf.write(
-    weights(network),
-    aside,
-    rename=lambda name: _replace(name, family.HUB_NAMES),
-    fetch=fetch,
-  )
-  if writer:
-    _replace_directory(aside, destination)
+  try:
+    if writer:
+      shutil.rmtree(aside, ignore_errors=True)
+      aside.mkdir(parents=True)
+      copy_companions(network, source_dir, aside)
+    hf.write(
+      weights(network),
+      aside if writer else None,
+      dtype=network.param_dtype,
+      rename=lambda name: _replace(name, family.HUB_NAMES),
+      fetch=fetch,
+      progress=progress,
+    )
+    if writer:
+      _replace_directory(aside, destination)
+  finally:
+    if writer:
+      shutil.rmtree(aside, ignore_errors=True)
+
+
+def _fetch(array: Any) -> np.ndarray:
+  """An array on this host, whichever hosts hold its parts."""
+  if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    array = multihost_utils.process_allgather(array, tiled=True)
+  return np.asarray(array)
 
 
 def weights(network: Network) -> list[Weight]:
@@ -198,10 +231,13 @@ def _read_config(directory: pathlib.Path) -> dict[str, Any]:
     raise ValueError(f"{path}: not JSON ({error}).") from error
 
 
-def _copy_companions(
-  network: Network, source: pathlib.Path, destination: pathlib.Path
+def copy_companions(
+  network: Network,
+  source: str | pathlib.Path,
+  destination: str | pathlib.Path,
 ) -> None:
   """Copies all but weights; config.json says how the weights now are."""
+  source, destination = pathlib.Path(source), pathlib.Path(destination)
   for file in sorted(source.iterdir()):
     if file.name.endswith(COMPANIONS) and file.name != hf.INDEX:
       shutil.copyfile(file, destination / file.name)

@@ -1,23 +1,34 @@
-"""Hugging Face safetensors <-> parameter trees.
+"""Hugging Face safetensors <-> parameter trees, a tensor at a time.
 
 A weight is one leaf of the tree. In files it is one tensor, or one for each
 layer where the leaf is a stack; kernels are [in, out] here, [out, in] there.
+Reading takes just the slices that a device holds, and writing goes straight to
+the file, so neither needs memory for more than a leaf's share of a device.
 """
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
+import math
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
+
+# Names of dtypes in safetensors' headers.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+Index = tuple[slice, ...]
+Place = tuple[pathlib.Path, str]  # a file, and a tensor's name in it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,30 +42,110 @@ class Weight:
   hf_shape: tuple[int, ...]
 
   @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the leaf."""
+    stack = (len(self.names),) if self.stacked else ()
+    return (*stack, *self.layer_shape)
+
+  @property
   def transposed(self) -> bool:
     return self.path[-1] == "kernel"
 
-  def to_tree(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
-    """The tensors of a file, one for each name, as the leaf."""
-    if self.transposed:
-      tensors = [tensor.reshape(len(tensor), -1).T for tensor in tensors]
-    layers = [tensor.reshape(self.layer_shape) for tensor in tensors]
-    return np.stack(layers) if self.stacked else layers[0]
+  def to_tree(
+    self, index: Index, dtype: Any, read: Callable[[str, Index], np.ndarray]
+  ) -> np.ndarray:
+    """A part of the leaf.
 
-  def to_hf(self, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """The reverse: names and tensors."""
-    for name, array in zip(
-      self.names, leaf if self.stacked else [leaf], strict=True
-    ):
+    Args:
+      index: which part, a slice for each axis of the leaf.
+      dtype: of the result.
+      read: (name, index) -> that part of a tensor in the files.
+    """
+    spans = [
+      slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True)
+    ]
+    layers = spans.pop(0) if self.stacked else slice(0, 1)
+    sizes = [s.stop - s.start for s in spans]
+    part = np.empty((layers.stop - layers.start, *sizes), dtype)
+    for i, name in enumerate(self.names[layers]):
+      block = self._read(name, spans, read)
+      part[i] = (block.T if self.transposed else block).reshape(sizes)
+    return part if self.stacked else part[0]
+
+  def to_hf(
+    self, leaf: Iterable[np.ndarray] | np.ndarray
+  ) -> Iterator[tuple[str, np.ndarray]]:
+    """The reverse: names and tensors. A stack may come a layer at a time."""
+    layers = leaf if self.stacked else [leaf]
+    for name, array in zip(self.names, layers, strict=True):
+      array = np.asarray(array)
       if self.transposed:
         array = array.reshape(-1, self.hf_shape[0]).T
-      # safetensors writes memory as it lies, whatever the strides say.
-      yield name, np.ascontiguousarray(array.reshape(self.hf_shape))
+      yield name, array.reshape(self.hf_shape)
+
+  def _read(
+    self,
+    name: str,
+    spans: Sequence[slice],
+    read: Callable[[str, Index], np.ndarray],
+  ) -> np.ndarray:
+    """Those rows and columns of a tensor in the files, as a matrix."""
+    shape, axes = self.layer_shape, len(self.layer_shape)
+    # How many axes, in the order of the tree, make up the first of its two.
+    if self.transposed:
+      split = next(
+        i for i in range(axes) if math.prod(shape[i:]) == self.hf_shape[0]
+      )
+    else:
+      split = axes if len(self.hf_shape) == 1 else 1
+    halves = [(shape[:split], spans[:split]), (shape[split:], spans[split:])]
+    if self.transposed:
+      halves.reverse()
+    rows, cols = (_runs(*half) for half in halves)
+    return np.concatenate(
+      [
+        np.concatenate([self._block(name, r, c, read) for c in cols], axis=1)
+        for r in rows
+      ]
+    )
+
+  def _block(
+    self,
+    name: str,
+    rows: slice,
+    cols: slice,
+    read: Callable[[str, Index], np.ndarray],
+  ) -> np.ndarray:
+    if len(self.hf_shape) == 2:
+      return read(name, (rows, cols))
+    # A convolution's columns are its other axes.
+    return read(name, (rows,)).reshape(rows.stop - rows.start, -1)[:, cols]
+
+
+def _runs(shape: Sequence[int], spans: Sequence[slice]) -> list[slice]:
+  """What is contiguous of those parts of axes that one axis holds in a row."""
+  whole = len(shape)
+  while whole and spans[whole - 1] == slice(0, shape[whole - 1]):
+    whole -= 1
+  size = math.prod(shape[whole:])
+  if not whole:
+    return [slice(0, size)]
+  last = spans[whole - 1]
+  runs = []
+  for place in itertools.product(
+    *(range(s.start, s.stop) for s in spans[: whole - 1])
+  ):
+    start = 0
+    for i, n in zip(place, shape[: whole - 1], strict=True):
+      start = start * n + i
+    start *= shape[whole - 1]
+    runs.append(slice((start + last.start) * size, (start + last.stop) * size))
+  return runs
 
 
 def find_tensors(
   directory: pathlib.Path, rename: Callable[[str], str]
-) -> dict[str, tuple[pathlib.Path, str]]:
+) -> dict[str, Place]:
   """Where each tensor of a checkpoint is: our name -> (file, its name there).
 
   Raises:
@@ -74,7 +165,7 @@ def find_tensors(
     )
   found = {}
   for name in sorted(files):
-    with _open(directory / name) as tensors:
+    with open_file(directory / name) as tensors:
       for key in tensors.keys():  # noqa: SIM118 (not a mapping)
         found[rename(key)] = (directory / name, key)
   return found
@@ -82,10 +173,11 @@ def find_tensors(
 
 def read(
   weights: Iterable[Weight],
-  found: Mapping[str, tuple[pathlib.Path, str]],
+  found: Mapping[str, Place],
   *,
   ignored: Iterable[str],
-  place: Callable[[Weight, np.ndarray], Any],
+  dtype: Any,
+  make: Callable[[Weight, Callable[[Index], np.ndarray]], Any],
 ) -> dict[str, Any]:
   """Reads a tree, one leaf at a time.
 
@@ -93,7 +185,8 @@ def read(
     weights: every leaf of the tree.
     found: what `find_tensors` found.
     ignored: names that may be in the files and are not read.
-    place: puts a leaf where it shall live.
+    dtype: of the leaves.
+    make: (weight, read) -> the leaf; read(index) is a part of it, in dtype.
 
   Raises:
     ValueError: names a tensor that is missing, unknown or mis-shaped.
@@ -101,86 +194,154 @@ def read(
   weights = list(weights)
   expected = {name for weight in weights for name in weight.names}
   _check_names(expected, set(found) - set(ignored))
+  check_tensors(weights, found)
+
+  def read_tensor(name: str, index: Index) -> np.ndarray:
+    # Opened anew for each: pages of a mapped file count as memory in use.
+    path, key = found[name]
+    with open_file(path) as tensors:
+      return tensors.get_slice(key)[index]
+
   tree: dict[str, Any] = {}
-  with contextlib.ExitStack() as stack:
-    files = {
-      path: stack.enter_context(_open(path)) for path, _ in found.values()
-    }
-    for weight in weights:
-      tensors = []
-      for name in weight.names:
-        path, key = found[name]
-        tensor = files[path].get_tensor(key)
-        if tensor.shape != weight.hf_shape:
-          raise ValueError(
-            f"{path}: {key} has shape {list(tensor.shape)}, config.json asks "
-            f"for {list(weight.hf_shape)}."
-          )
-        tensors.append(tensor)
-      _set(tree, weight.path, place(weight, weight.to_tree(tensors)))
+  for weight in weights:
+    read_part = functools.partial(weight.to_tree, dtype=dtype, read=read_tensor)
+    _set(tree, weight.path, make(weight, read_part))
   return tree
+
+
+def check_tensors(
+  weights: Iterable[Weight], found: Mapping[str, Place]
+) -> set[str]:
+  """The dtypes of the tensors, whose shapes must be those of the weights.
+
+  Raises:
+    ValueError: names a tensor that has another shape or no float in it.
+  """
+  shapes = {name: w.hf_shape for w in weights for name in w.names}
+  dtypes = set()
+  for path in sorted({path for path, _ in found.values()}):
+    with open_file(path) as tensors:
+      for name, (place, key) in found.items():
+        if place != path or name not in shapes:
+          continue
+        tensor = tensors.get_slice(key)
+        if tuple(tensor.get_shape()) != shapes[name]:
+          raise ValueError(
+            f"{path}: {key} has shape {tensor.get_shape()}, config.json asks "
+            f"for {list(shapes[name])}."
+          )
+        if tensor.get_dtype() not in DTYPES.values():
+          raise ValueError(
+            f"{path}: {key} is {tensor.get_dtype()}; expected one of "
+            f"{', '.join(DTYPES.values())}. Quantized models are not read."
+          )
+        dtypes.add(tensor.get_dtype())
+  names = {theirs: ours for ours, theirs in DTYPES.items()}
+  return {names[dtype] for dtype in dtypes}
 
 
 def write(
   weights: Iterable[Weight],
-  directory: pathlib.Path,
+  directory: pathlib.Path | None,
   *,
+  dtype: str,
   rename: Callable[[str], str],
-  fetch: Callable[[Weight], np.ndarray | None],
+  fetch: Callable[[Weight], Iterable[np.ndarray] | np.ndarray],
+  progress: Callable[[int], object],
 ) -> None:
   """Writes a tree: one file, or several and an index where it is large.
 
   Args:
     weights: every leaf of the tree.
-    directory: exists.
+    directory: exists; None: this process fetches with the others, and does
+      not write.
+    dtype: of the tensors in the files.
     rename: our name -> the name in the file.
-    fetch: the value of a leaf; None where this process does not write.
+    fetch: the value of a leaf, that of a stack a layer at a time.
+    progress: called with the number of bytes written since its last call.
 
   Raises:
     OSError: a file cannot be written, as on a full disk.
   """
-  shards: list[pathlib.Path] = []
-  weight_map: dict[str, int] = {}
-  held: dict[str, np.ndarray] = {}
-  total = 0
-
-  def flush() -> None:
-    shards.append(directory / f"model-{len(shards) + 1:05d}.safetensors")
-    try:
-      save_file(held, shards[-1], metadata={"format": "pt"})
-    except safetensors.SafetensorError as error:
-      raise OSError(f"{shards[-1]}: cannot be written ({error}).") from error
-    held.clear()
-
+  weights = list(weights)
+  size = np.dtype(dtype).itemsize
+  files: list[dict[str, Any]] = [{}]  # headers
   for weight in weights:
-    leaf = fetch(weight)
-    for name, tensor in [] if leaf is None else weight.to_hf(leaf):
-      size = sum(array.nbytes for array in held.values())
-      if held and size + tensor.nbytes > SHARD_BYTES:
-        flush()
-      held[rename(name)] = tensor
-      weight_map[rename(name)] = len(shards)
-      total += tensor.nbytes
-  if not held:
-    return
-  flush()
-  if len(shards) == 1:
-    shards[0].rename(directory / SINGLE)
-    return
+    count = size * math.prod(weight.hf_shape)
+    for name in weight.names:
+      if files[-1] and _end(files[-1]) + count > SHARD_BYTES:
+        files.append({})
+      start = _end(files[-1])
+      files[-1][rename(name)] = {
+        "dtype": DTYPES[dtype],
+        "shape": list(weight.hf_shape),
+        "data_offsets": [start, start + count],
+      }
+  total = sum(_end(header) for header in files)
   names = [
-    f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-    for i in range(len(shards))
+    f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+    for i in range(len(files))
   ]
-  for shard, name in zip(shards, names, strict=True):
-    shard.rename(directory / name)
-  index = {
-    "metadata": {"total_size": total},
-    "weight_map": {name: names[i] for name, i in sorted(weight_map.items())},
-  }
-  (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+  if len(files) == 1:
+    names = [SINGLE]
+  elif directory is not None:
+    weight_map = {
+      tensor: name
+      for name, header in zip(names, files, strict=True)
+      for tensor in header
+    }
+    index = {
+      "metadata": {"total_size": total},
+      "weight_map": dict(sorted(weight_map.items())),
+    }
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+  tensors = (
+    (rename(name), tensor)
+    for weight in weights
+    for name, tensor in weight.to_hf(fetch(weight))
+  )
+  for name, header in zip(names, files, strict=True):
+    with contextlib.ExitStack() as stack:
+      file = None
+      if directory is not None:
+        file = stack.enter_context(_create(directory / name, header))
+      for expected, (got, tensor) in zip(header, tensors, strict=False):
+        assert expected == got
+        if file is not None:
+          # safetensors has memory as it lies, whatever the strides say.
+          file.write(np.ascontiguousarray(tensor, dtype).view(np.uint8))
+        progress(size * tensor.size)
 
 
-def _open(path: pathlib.Path) -> Any:
+def _end(header: dict[str, Any]) -> int:
+  """Where the last tensor of a file ends, counted from the header's end."""
+  return next(reversed(header.values()))["data_offsets"][1] if header else 0
+
+
+@contextlib.contextmanager
+def _create(path: pathlib.Path, header: dict[str, Any]) -> Iterator[Any]:
+  """A safetensors file, written up to its first tensor."""
+  text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+  text += b" " * (-len(text) % 8)
+  try:
+    with open(path, "wb") as file:
+      file.write(len(text).to_bytes(8, "little") + text)
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+  except OSError as error:
+    raise OSError(
+      error.errno, f"{path}: cannot be written ({error.strerror})."
+    ) from error
+
+
+def open_file(path: pathlib.Path) -> Any:
+  """A safetensors file, mapped.
+
+  Raises:
+    ValueError: it is missing, damaged or cut short.
+  """
   if not path.is_file():
     raise ValueError(f"{path}: no such file, but {INDEX} names it.")
   try:

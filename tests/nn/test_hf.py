@@ -24,8 +24,8 @@ NORM = Weight(
   hf_shape=(5,),
 )
 TREE = {
-  KERNEL.path: np.arange(24.0).reshape(2, 3, 2, 2),
-  NORM.path: np.arange(5.0),
+  KERNEL.path: np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2),
+  NORM.path: np.arange(5, dtype=np.float32),
 }
 
 
@@ -33,15 +33,21 @@ def write(directory):
   hf.write(
     [KERNEL, NORM],
     directory,
+    dtype="float32",
     rename=lambda name: f"model.{name}",
     fetch=lambda weight: TREE[weight.path],
+    progress=lambda count: None,
   )
 
 
 def read(directory):
   found = hf.find_tensors(directory, lambda name: name.removeprefix("model."))
   return hf.read(
-    [KERNEL, NORM], found, ignored=[], place=lambda weight, leaf: leaf
+    [KERNEL, NORM],
+    found,
+    ignored=[],
+    dtype=np.float32,
+    make=lambda weight, part: part((slice(None),) * len(weight.shape)),
   )
 
 
@@ -71,15 +77,79 @@ def test_what_is_written_reads_back(tmp_path, monkeypatch, shard_bytes):
 
 
 def test_large_trees_are_written_in_numbered_files(tmp_path, monkeypatch):
-  monkeypatch.setattr(hf, "SHARD_BYTES", 100)
+  monkeypatch.setattr(hf, "SHARD_BYTES", 50)
   write(tmp_path)
   names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
   assert names == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
   index = json.loads((tmp_path / hf.INDEX).read_text())
-  assert index["metadata"]["total_size"] == (24 + 5) * 8
+  assert index["metadata"]["total_size"] == (24 + 5) * 4
   assert index["weight_map"]["model.norm.weight"] == names[2]
 
 
-def test_nothing_is_written_where_nothing_is_fetched(tmp_path):
-  hf.write([KERNEL, NORM], tmp_path, rename=str, fetch=lambda weight: None)
-  assert not list(tmp_path.iterdir())
+def test_a_process_that_does_not_write_fetches_all_the_same(tmp_path):
+  fetched = []
+
+  def fetch(weight):
+    fetched.append(weight.path)
+    return TREE[weight.path]
+
+  hf.write(
+    [KERNEL, NORM],
+    None,
+    dtype="float32",
+    rename=str,
+    fetch=fetch,
+    progress=lambda count: None,
+  )
+  assert fetched == [KERNEL.path, NORM.path]
+
+
+# A leaf and the shape of its tensor: kernels to and from heads, a fused one, a
+# convolution, biases, a table.
+LEAVES = [
+  ("kernel", (6, 4, 2), (8, 6)),
+  ("kernel", (4, 2, 6), (6, 8)),
+  ("kernel", (6, 3, 4, 2), (24, 6)),
+  ("kernel", (12, 6), (6, 3, 2, 2)),
+  ("bias", (3, 4, 2), (24,)),
+  ("bias", (6,), (6,)),
+  ("embedding", (8, 6), (8, 6)),
+]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(("last", "shape", "hf_shape"), LEAVES)
+def test_each_part_of_a_leaf_is_read_alone(last, shape, hf_shape, stacked):
+  weight = Weight(
+    path=("a", last),
+    names=("0", "1", "2") if stacked else ("0",),
+    stacked=stacked,
+    layer_shape=shape,
+    hf_shape=hf_shape,
+  )
+  leaf = np.random.default_rng(0).normal(size=weight.shape).astype(np.float32)
+  tensors = dict(weight.to_hf(leaf))
+  asked = []
+
+  def read(name, index):
+    asked.append(tensors[name][index].size)
+    return tensors[name][index]
+
+  for axis, size in enumerate(leaf.shape):
+    for start, stop in [(0, size), (0, size // 2), (size // 2, size)]:
+      index = [slice(None)] * leaf.ndim
+      index[axis] = slice(start, stop)
+      asked.clear()
+      got = weight.to_tree(tuple(index), np.float32, read)
+      np.testing.assert_array_equal(got, leaf[tuple(index)])
+      # A convolution's tensor is read by rows.
+      if len(hf_shape) < 3 or axis == leaf.ndim - 1:
+        assert sum(asked) == got.size
+
+
+def test_a_file_holds_no_more_than_it_may(tmp_path, monkeypatch):
+  monkeypatch.setattr(hf, "SHARD_BYTES", 96)
+  write(tmp_path)
+  for path in tmp_path.glob("*.safetensors"):
+    tensors = safetensors.numpy.load_file(path)
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= 96
