@@ -12,7 +12,9 @@ from jaxvlm.data import vision_layout
 from jaxvlm.types import Example, Question
 
 IMAGE = 9
-LAYOUT = vision_layout.Layout.from_config({"image_token_id": IMAGE})
+LAYOUT = vision_layout.Layout.from_config(
+  {"image_token_id": IMAGE, "vision_config": {"window_size": 112}}
+)
 
 
 def make_question(question_id, grids, *, text=3, width=6, fill=1.0):
@@ -50,8 +52,15 @@ def test_layout_reads_the_checkpoints_numbers():
     {"image_token_id": 7, "vision_config": vision}
   )
   assert layout == vision_layout.Layout(
-    image_token_id=7, spatial_merge_size=3, patch_size=16, window_size=96
+    image_token_id=7,
+    spatial_merge_size=3,
+    patch_size=16,
+    window_size=96,
+    places=None,
   )
+  vision = {"patch_size": 16, "num_position_embeddings": 2304}
+  layout = vision_layout.Layout.from_config({"vision_config": vision})
+  assert (layout.places, layout.window_size) == (48, None)
 
 
 def test_positions_of_two_pictures_are_those_of_the_worked_example():
@@ -123,6 +132,48 @@ def test_coordinates_and_segments_equal_transformers(window_size):
   np.testing.assert_array_equal(
     ordered, np.repeat(np.arange(len(lengths)), lengths)
   )
+
+
+def layout_of(side):
+  return vision_layout.Layout.from_config(
+    {
+      "image_token_id": IMAGE,
+      "vision_config": {"patch_size": 16, "num_position_embeddings": side**2},
+    }
+  )
+
+
+@pytest.mark.parametrize("side", [1, 2, 7, 48])
+def test_learned_positions_are_interpolated_as_transformers_does(side):
+  rng = np.random.default_rng(side)
+  sizes = [(2, 2), (2, 80), (80, 2), (48, 48), (96, 94), (14, 12), (60, 34)]
+  sizes += (2 * rng.integers(1, 90, (20, 2))).tolist()
+  grids = [[1, *size] for size in sizes] + [[3, 4, 6]]
+  places = vision_layout.patch_places(np.array(grids), layout_of(side))
+  index, weight = vision_utils.get_vision_interpolation_indices_and_weights(
+    torch.tensor(grids), side, align_corners=True, spatial_merge_size=2
+  )
+  np.testing.assert_array_equal(places.place_index, index.numpy())
+  np.testing.assert_array_equal(places.place_weight, weight.numpy())
+  assert places.place_weight.dtype == np.float32
+  assert places.window_segments is None
+
+
+def test_padding_has_no_learned_position():
+  questions = [make_question(0, [[1, 2, 4]]), make_question(1, [[1, 6, 4]])]
+  batch = vision_layout.collate(questions, lanes=2, layout=layout_of(7))
+  vision = batch.vision
+  assert vision.window_segments is None
+  weight = vision.place_weight.sum(-1)
+  np.testing.assert_allclose(weight[vision.full_segments >= 0], 1, rtol=1e-6)
+  assert (weight[vision.full_segments < 0] == 0).all()
+  for lane, question in enumerate(questions):
+    n = len(question.pixel_values)
+    alone = vision_layout.patch_places(question.image_grid_thw, layout_of(7))
+    for name in ("place_index", "place_weight"):
+      np.testing.assert_array_equal(
+        getattr(vision, name)[lane, :n], getattr(alone, name)
+      )
 
 
 def test_a_lane_numbers_the_visual_tokens_of_its_own_questions():

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from jaxvlm import sharding
+from jaxvlm.data import vision_layout
 from jaxvlm.models import find_family, load_params
 from jaxvlm.nn.vision import Features
-from jaxvlm.types import Vision
+
+# What only one of the families can show.
+qwen2_5_vl = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
 
 GROUP = 3
 LENGTHS = [[4, 1, 6], [2, 5, 3], [1, 2, 2], [6, 6, 1]]  # of completions
@@ -138,6 +141,7 @@ def test_tree_rows_with_remat_equal_naive_rows_in_values_and_gradients(
   jax.tree.map(close, gradient, expected_gradient)
 
 
+@qwen2_5_vl
 def test_a_completion_never_sees_its_sibling(
   network, params, questions, completions, prompts
 ):
@@ -157,7 +161,16 @@ def test_a_completion_never_sees_its_sibling(
   assert moved[(branches != 1) & (branches >= 0)].max() == 0
 
 
-@pytest.mark.parametrize(("remat", "times"), [("none", 0), ("full", 2)])
+# Blocks of the tower and layers of the decoder; DeepStack's mergers.
+@pytest.mark.parametrize(
+  ("family", "remat", "times"),
+  [
+    ("qwen2_5_vl", "none", 0),
+    ("qwen2_5_vl", "full", 2),
+    ("qwen3_vl", "full", 3),
+  ],
+  indirect=["family"],
+)
 def test_full_remat_wraps_the_layers_of_tower_and_decoder(
   network, params, prompts, remat, times
 ):
@@ -227,6 +240,7 @@ def test_decoding_equals_the_forward_pass(
     np.testing.assert_allclose(got[q, g, :n], expected[q, where[p:]], atol=2e-5)
 
 
+@qwen2_5_vl
 def test_a_lane_is_read_by_its_own_questions_alone(network, params):
   tokens = jnp.arange(2 * 3 * 64, dtype=jnp.float32).reshape(2, 3, 64)
   features = Features(tokens=tokens, levels=None)
@@ -240,21 +254,22 @@ def test_a_lane_is_read_by_its_own_questions_alone(network, params):
   np.testing.assert_array_equal(got, np.array(expected))
 
 
-def test_no_gather_crosses_lanes(network, directory):
+def test_no_gather_crosses_lanes(family, network, directory):
   mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)
   params = load_params(network, directory, mesh)
-  ids, features = sharding.place(
-    mesh,
-    (
-      np.zeros((16, 12), int),
-      Features(tokens=np.zeros((8, 4, 64), np.float32), levels=None),
-    ),
+  tokens = np.zeros((8, 4, 64), np.float32)
+  levels = np.zeros((3, 8, 4, 64), np.float32)
+  ids, tokens = sharding.place(mesh, (np.zeros((16, 12), int), tokens))
+  (levels,) = sharding.place(mesh, (levels,), (None,))
+  features = Features(
+    tokens=tokens, levels=levels if family == "qwen3_vl" else None
   )
 
   def loss(features, params, ids):
     with sharding.use(mesh):
       embeds = network.embed(params, ids, ids, features)
-      return jnp.sum(embeds.tokens**2, (1, 2))
+      x = network.forward(params, embeds, jnp.stack([ids] * 3), 0 * ids)
+      return jnp.sum(x**2, (1, 2))
 
   backward = lambda *args: jax.vjp(loss, *args)[1](jnp.ones(16))[0]
   text = jax.jit(backward).lower(features, params, ids).compile().as_text()
@@ -263,36 +278,30 @@ def test_no_gather_crosses_lanes(network, directory):
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
-def test_a_mesh_changes_nothing(network, params, directory, sizes):
+def test_a_mesh_changes_nothing(
+  network, params, directory, layout, logits_of, make_question, sizes
+):
   data, fsdp, tensor = sizes
   mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
   lanes = sharding.data_shards(mesh)
-  random = np.random.default_rng(0)
-  vision = Vision(
-    pixel_values=random.normal(size=(lanes, 16, 1176)).astype(np.float32),
-    rows=np.tile(np.arange(16) // 4, (lanes, 1)),
-    cols=np.tile(np.arange(16) % 4, (lanes, 1)),
-    full_segments=np.zeros((lanes, 16), int),
-    window_segments=np.tile(np.arange(16) // 8, (lanes, 1)),
-    place_index=None,
-    place_weight=None,
-  )
-  ids = random.integers(1, 150, (lanes, 10))
-  index = np.tile([-1, 0, 1, 2, 3, -1, -1, -1, -1, -1], (lanes, 1))
-  positions = np.tile(np.arange(10), (3, lanes, 1))
+  grids = [[(1, 4, 4)], [(1, 2, 6)], [], [(1, 2, 2), (1, 2, 4)]]
+  questions = [
+    make_question([[5 + i], *["image", [9]] * len(g)], g, layout, i)
+    for i, g in enumerate(grids[i % 4] for i in range(lanes))
+  ]
+  prompts = vision_layout.collate(questions, lanes=lanes, layout=layout)
 
-  def run(params):
-    features = network.encode(params, vision)
-    embeds = network.embed(params, ids, index, features)
-    return network.forward(params, embeds, positions, 0 * ids)
-
-  def on_mesh(params):
+  def on_mesh(params, prompts):
     with sharding.use(mesh):
-      return run(params)
+      return logits_of(network, params, prompts)
 
   placed = load_params(network, directory, mesh)
+  got = jax.jit(on_mesh)(placed, sharding.place(mesh, prompts))
+  run = jax.jit(logits_of, static_argnums=0)
+  expected = run(network, params, prompts)
+  real = prompts.prompt_mask
   np.testing.assert_allclose(
-    jax.jit(on_mesh)(placed), jax.jit(run)(params), atol=3e-5, rtol=0
+    np.asarray(got)[real], np.asarray(expected)[real], atol=1e-4, rtol=0
   )
 
 
@@ -314,6 +323,18 @@ def test_every_weight_names_its_axes_and_its_part(network):
   assert network.part_of(("lm_head", "kernel")) == "decoder"
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
+def test_deepstack_mergers_are_part_of_the_merger(network):
+  mergers = network.shapes()["visual"]["deepstack_merger_list"]
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(mergers)]
+  assert len(paths) == 6
+  for path in paths:
+    keys = tuple(key.key for key in path)
+    full = ("visual", "deepstack_merger_list", *keys)
+    assert network.part_of(full) == "merger"
+
+
+@qwen2_5_vl
 def test_random_weights_are_drawn_as_transformers_draws_them(network):
   params = network.init(0)
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(

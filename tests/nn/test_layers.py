@@ -8,7 +8,16 @@ import torch
 from flax import nnx
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as reference
 
-from jaxvlm.nn.layers import Embed, GatedMLP, Linear, RMSNorm, scan, stack
+from jaxvlm.nn.layers import (
+  MLP,
+  Embed,
+  GatedMLP,
+  LayerNorm,
+  Linear,
+  RMSNorm,
+  scan,
+  stack,
+)
 
 
 def make_linear(in_shape, out_shape, *, use_bias=True, rngs=None):
@@ -41,7 +50,14 @@ def test_linear_computes_in_the_dtype_of_its_input():
 
 
 def test_the_gradient_of_repeated_ids_adds_up_in_the_dtype_of_the_table():
-  embed = Embed(2, 1, std=1.0, dtype="float32", rngs=nnx.Rngs(0))
+  embed = Embed(
+    2,
+    1,
+    axes=("vocab", "embed"),
+    std=1.0,
+    dtype="float32",
+    rngs=nnx.Rngs(0),
+  )
   ids = np.zeros(1000, int)
   definition, weights = nnx.split(embed)
 
@@ -83,6 +99,54 @@ def test_rms_norm_multiplies_by_its_weight_after_the_cast():
   before = (y * jnp.asarray(weight, jnp.float32)).astype(jnp.bfloat16)
   np.testing.assert_array_equal(norm(x), after)
   assert not jnp.array_equal(after, before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_norm_equals_torch(dtype):
+  theirs = torch.nn.LayerNorm(64, eps=1e-5)
+  with torch.no_grad():
+    theirs.weight.copy_(torch.linspace(0.5, 2, 64))
+    theirs.bias.copy_(torch.linspace(-1, 1, 64))
+  theirs = theirs.to(getattr(torch, dtype))
+  ours = LayerNorm(64, eps=1e-5, dtype=dtype)
+  for name in ("weight", "bias"):
+    value = getattr(theirs, name).detach().float().numpy()
+    getattr(ours, name)[...] = jnp.asarray(value, dtype)
+  x = 3 * np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
+  expected = theirs(torch.tensor(x).to(getattr(torch, dtype)))
+  got = ours(jnp.asarray(x, dtype)).astype(jnp.float32)
+  # One unit in the last place of bfloat16, where a sum falls between two.
+  rtol, atol = (1e-6, 2e-6) if dtype == "float32" else (2**-7, 1e-5)
+  np.testing.assert_allclose(
+    got, expected.detach().float().numpy(), rtol=rtol, atol=atol
+  )
+
+
+def test_layer_norm_keeps_its_digits_beside_a_large_offset():
+  x = 1000 + np.random.default_rng(0).normal(size=(1, 64)).astype(np.float32)
+  exact = x.astype(np.float64)
+  exact = (exact - exact.mean()) / np.sqrt(exact.var() + 1e-6)
+  got = LayerNorm(64, eps=1e-6, dtype="float32")(jnp.asarray(x))
+  np.testing.assert_allclose(got, exact, rtol=0, atol=1e-4)
+
+
+def test_mlp_applies_its_own_activation_between_its_layers():
+  mlp = MLP(
+    4,
+    6,
+    3,
+    act=jnp.sin,
+    axes=("vision_embed", "embed"),
+    std=1.0,
+    dtype="float32",
+    rngs=nnx.Rngs(0),
+  )
+  mlp.linear_fc1.bias[...] = jnp.arange(6.0)
+  x = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+  hidden = np.sin(x @ np.asarray(mlp.linear_fc1.kernel[...]) + np.arange(6.0))
+  np.testing.assert_allclose(
+    mlp(x), hidden @ mlp.linear_fc2.kernel[...], rtol=1e-5, atol=1e-5
+  )
 
 
 def test_gated_mlp_equals_its_formula():

@@ -4,8 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLVisionConfig
+from transformers import (
+  Qwen2_5_VLTextConfig,
+  Qwen2_5_VLVisionConfig,
+  Qwen3VLTextConfig,
+)
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as reference
+from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from jaxvlm.nn import rope
 
@@ -61,6 +66,38 @@ def test_each_pair_turns_by_one_axis(position_ids):
     moved[axis] += 1
     difference = np.abs(make_angles(moved) - angles).max((0, 1))
     assert set(np.flatnonzero(difference)) == set(pairs)
+
+
+@pytest.mark.parametrize(
+  "section", [(24, 20, 20), (30, 17, 17), (20, 24, 20), (62, 1, 1)]
+)
+def test_interleaved_angles_equal_transformers(position_ids, section):
+  theirs = modeling_qwen3_vl.Qwen3VLTextRotaryEmbedding(
+    Qwen3VLTextConfig(
+      head_dim=128,
+      rope_parameters={
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": list(section),
+        "mrope_interleaved": True,
+      },
+    )
+  )
+  expected = theirs(torch.zeros(1), torch.tensor(position_ids))
+  axis_of = rope.interleaved_axes(section, 128)
+  assert axis_of != rope.chunked_axes(section)
+  angles = rope.mrope_angles(
+    position_ids, head_dim=128, theta=5e6, axis_of=axis_of
+  )
+  # torch's float32 power is an ulp off here and there; positions reach 3000.
+  for ours, want in zip((jnp.cos, jnp.sin), expected, strict=True):
+    np.testing.assert_allclose(ours(angles), want[..., :64], rtol=0, atol=4e-6)
+
+
+def test_time_turns_the_pairs_that_interleaving_leaves():
+  axes = rope.interleaved_axes((24, 20, 20), 128)
+  assert axes == (0, 1, 2) * 20 + (0,) * 4
+  assert rope.interleaved_axes((6, 3, 3), 24) == (0, 1, 2) * 3 + (0,) * 3
 
 
 def test_equal_positions_are_ordinary_rope():
