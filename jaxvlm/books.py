@@ -111,8 +111,16 @@ class Books:
       Stopped: they are no weights of this network; says which are not.
     """
     job = self._job
-    with _files_read():
-      return models.load_params(job.network, job.checkpoint, job.mesh)
+    like = abstract_params(job)
+    saved = job.checkpoint / models.ORBAX
+    count = sum(leaf.size for leaf in jax.tree.leaves(like))
+    with (
+      _files_read(),
+      self._display.task("load the checkpoint", total=count) as advance,
+    ):
+      if saved.is_dir():
+        return checkpoint.load_params(saved, like)
+      return models.load_params(job.network, job.checkpoint, job.mesh, advance)
 
   def reference(
     self, stage: Stage, params: Params, progress: Progress

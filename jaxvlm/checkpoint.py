@@ -18,8 +18,11 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
+from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
+_CHUNK_BYTES = 64 * 2**20
 _ITEMS = ("state", "loader", "progress")
 # What Orbax and tensorstore raise where a file cannot be written.
 _FAILURES = (OSError, ValueError, RuntimeError)
@@ -107,7 +110,7 @@ class Checkpointer:
     if last is not None and step <= last:
       raise ValueError(f"checkpoint: step {step} comes after step {last}.")
     items = ocp.args.Composite(
-      state=ocp.args.StandardSave(state),
+      state=ocp.args.StandardSave(state, save_args=_chunked(state)),
       loader=ocp.args.JsonSave(json.loads(json.dumps(loader))),
       progress=ocp.args.JsonSave(json.loads(json.dumps(progress))),
     )
@@ -288,7 +291,12 @@ def save_params(path: str | os.PathLike[str], params: Any) -> None:
   _hush()
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(pathlib.Path(path).resolve(), params, force=True)
+      checkpointer.save(
+        pathlib.Path(path).resolve(),
+        params,
+        save_args=_chunked(params),
+        force=True,
+      )
   except _FAILURES as error:
     raise OSError(
       f"{path}: cannot be written ({_first_line(error)}). Make room, then run "
@@ -317,6 +325,40 @@ def load_params(path: str | os.PathLike[str], like: Any) -> Any:
     raise ValueError(
       f"{path}: cannot be read ({_first_line(error)})."
     ) from error
+
+
+def open_params(path: str | os.PathLike[str]) -> dict[str, Any]:
+  """The arrays of a saved tree, by nested keys, unread.
+
+  Args:
+    path: of what `save_params` wrote, or of a run's checkpoint (a step), whose
+      policy is taken.
+
+  Returns:
+    TensorStores: they have shape and dtype, and numpy makes arrays of them
+    and of their parts.
+
+  Raises:
+    ValueError: there are no such parameters.
+  """
+  path, prefix = pathlib.Path(path).resolve(), ""
+  if (path / "state").is_dir():  # a run's
+    path, prefix = path / "state", "params."
+  if not (path / "manifest.ocdbt").is_file():
+    raise ValueError(
+      f"{path}: no such saved parameters. Expected what convert_hf.py to-orbax "
+      "wrote, or a step of a run's checkpoints."
+    )
+  store = {"driver": "ocdbt", "base": path.as_uri() + "/"}
+  names = tensorstore.KvStore.open(store).result().list().result()
+  arrays: dict[tuple[str, ...], Any] = {}
+  for name in sorted(name.decode() for name in names):
+    name, _, file = name.rpartition("/")
+    if file == ".zarray" and name.startswith(prefix):
+      spec = {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}
+      keys = tuple(name.removeprefix(prefix).split("."))
+      arrays[keys] = tensorstore.open(spec, open=True, read=True).result()
+  return traverse_util.unflatten_dict(arrays)
 
 
 @contextlib.contextmanager
@@ -418,6 +460,12 @@ def _digests(home: pathlib.Path, names: list[str]) -> dict[str, str]:
 def _first_line(error: Exception) -> str:
   line = str(error).strip().partition("\n")[0]
   return line.partition(" [tensorstore_spec=")[0]
+
+
+def _chunked(tree: Any) -> Any:
+  """How arrays are stored: so that a layer of a stack can be read alone."""
+  arguments = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,))
+  return jax.tree.map(lambda _: arguments, tree)
 
 
 def _abstract(like: Any) -> Any:

@@ -1,12 +1,24 @@
 """The models, one file a family; `Network` is how the package sees them."""
 
 from jaxvlm.models.network import Network, find_family
-from jaxvlm.models.pretrained import load_network, load_params, save_hf
+from jaxvlm.models.pretrained import (
+  ORBAX,
+  copy_companions,
+  find_tensors,
+  load_network,
+  load_params,
+  save_hf,
+  weights,
+)
 
 __all__ = [
+  "ORBAX",
   "Network",
+  "copy_companions",
   "find_family",
+  "find_tensors",
   "load_network",
   "load_params",
   "save_hf",
+  "weights",
 ]

@@ -18,6 +18,10 @@ from jaxvlm.nn import hf
 from jaxvlm.nn.hf import Weight
 from jaxvlm.types import Params
 
+# A checkpoint that tools/convert_hf.py wrote has its weights here, in Orbax's
+# form, instead of in safetensors.
+ORBAX = "params"
+
 # Of a checkpoint's files, those that go along when it is exported: config,
 # tokenizer, processor, chat template, generation settings, licence.
 COMPANIONS = (".json", ".jinja", ".txt", ".model", "LICENSE")
@@ -36,14 +40,24 @@ def load_network(
   directory = pathlib.Path(directory)
   raw = _read_config(directory)
   family = find_family(raw.get("model_type"))
-  found = hf.find_tensors(directory, _to_ours)
-  tied = "lm_head.weight" not in found
+  tied = False
+  if not (directory / ORBAX).is_dir():
+    tied = "lm_head.weight" not in find_tensors(directory)
   config = family.Config.from_hf(
     {**raw, "tie_word_embeddings": raw.get("tie_word_embeddings") or tied}
   )
   return Network(
     config=config, dtype=dtype, param_dtype=param_dtype, remat=remat
   )
+
+
+def find_tensors(directory: str | pathlib.Path) -> dict[str, hf.Place]:
+  """Where each tensor of a checkpoint is: the tree's name -> its place.
+
+  Raises:
+    ValueError: no safetensors, a file that is missing or cut short.
+  """
+  return hf.find_tensors(pathlib.Path(directory), _to_ours)
 
 
 def load_params(
@@ -87,7 +101,7 @@ def load_params(
 
   return hf.read(
     weights(network),
-    hf.find_tensors(pathlib.Path(directory), _to_ours),
+    find_tensors(directory),
     ignored=["lm_head.weight"] if network.config.tie_word_embeddings else [],
     dtype=network.param_dtype,
     make=make,

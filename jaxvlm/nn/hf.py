@@ -26,6 +26,7 @@ SHARD_BYTES = 5_000_000_000
 
 # Names of dtypes in safetensors' headers.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_NAMES = {theirs: ours for ours, theirs in DTYPES.items()}
 
 Index = tuple[slice, ...]
 Place = tuple[pathlib.Path, str]  # a file, and a tensor's name in it
@@ -77,11 +78,14 @@ class Weight:
   ) -> Iterator[tuple[str, np.ndarray]]:
     """The reverse: names and tensors. A stack may come a layer at a time."""
     layers = leaf if self.stacked else [leaf]
-    for name, array in zip(self.names, layers, strict=True):
-      array = np.asarray(array)
-      if self.transposed:
-        array = array.reshape(-1, self.hf_shape[0]).T
-      yield name, array.reshape(self.hf_shape)
+    for name, layer in zip(self.names, layers, strict=True):
+      yield name, self.tensor(np.asarray(layer))
+
+  def tensor(self, layer: np.ndarray) -> np.ndarray:
+    """The tensor of one layer."""
+    if self.transposed:
+      layer = layer.reshape(-1, self.hf_shape[0]).T
+    return layer.reshape(self.hf_shape)
 
   def _read(
     self,
@@ -230,14 +234,13 @@ def check_tensors(
             f"{path}: {key} has shape {tensor.get_shape()}, config.json asks "
             f"for {list(shapes[name])}."
           )
-        if tensor.get_dtype() not in DTYPES.values():
+        if tensor.get_dtype() not in _NAMES:
           raise ValueError(
             f"{path}: {key} is {tensor.get_dtype()}; expected one of "
-            f"{', '.join(DTYPES.values())}. Quantized models are not read."
+            f"{', '.join(_NAMES)}. Quantized models are not read."
           )
-        dtypes.add(tensor.get_dtype())
-  names = {theirs: ours for ours, theirs in DTYPES.items()}
-  return {names[dtype] for dtype in dtypes}
+        dtypes.add(_NAMES[tensor.get_dtype()])
+  return dtypes
 
 
 def write(
