@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLModel
+from transformers import AutoModelForImageTextToText
 
 from jaxvlm import sharding
 from jaxvlm.models import load_network, load_params, save_hf
 from jaxvlm.nn import hf as hf_files
+
+# What the other family has not, or would only show again.
+qwen2_5_vl, qwen3_vl = (
+  pytest.mark.parametrize("family", [name], indirect=True)
+  for name in ("qwen2_5_vl", "qwen3_vl")
+)
 
 DTYPES = {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
 
@@ -30,6 +36,11 @@ def assert_equal(got, expected):
 @pytest.fixture
 def own(directory, tmp_path):
   return shutil.copytree(directory, tmp_path / "own")
+
+
+def one_of(tensors, end):
+  (name,) = (name for name in tensors if name.endswith(end))
+  return name
 
 
 def edit_config(directory, change):
@@ -55,6 +66,7 @@ def test_sharded_files_load_equal(hf, params, tmp_path):
   assert_equal(load(tmp_path)[1], params)
 
 
+@qwen2_5_vl  # Qwen3-VL's hub files have the modules' names
 def test_module_names_load_equal(hf, params, tmp_path):
   hf.save_pretrained(tmp_path, save_original_format=False)
   names = safetensors.numpy.load_file(tmp_path / "model.safetensors")
@@ -62,6 +74,7 @@ def test_module_names_load_equal(hf, params, tmp_path):
   assert_equal(load(tmp_path)[1], params)
 
 
+@qwen2_5_vl
 def test_a_flat_config_loads_equal(own, network, params):
   def flatten(raw):
     text = raw.pop("text_config")
@@ -90,20 +103,24 @@ def test_a_tied_checkpoint_has_no_head(make_torch, make_config, tmp_path):
   np.testing.assert_array_equal(network.head(network.unstack(params)), table.T)
 
 
+@qwen2_5_vl
 def test_a_head_that_is_not_in_the_files_is_tied(own):
   edit_tensors(own, lambda tensors: tensors.pop("lm_head.weight"))
   assert load(own)[0].config.tie_word_embeddings
 
 
+@qwen2_5_vl
 def test_a_head_beside_a_tied_flag_is_not_read(own):
   edit_config(own, lambda raw: raw.update(tie_word_embeddings=True))
   assert "lm_head" not in load(own)[1]
 
 
 def test_a_base_model_saved_alone_loads(hf, params, config, tmp_path):
-  base = Qwen2_5_VLModel(config)
+  base = type(hf.model)(config)
   base.load_state_dict(hf.model.state_dict())
   base.save_pretrained(tmp_path)
+  names = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+  assert not any(name.startswith("model.") for name in names)
   network, got = load(tmp_path)
   assert network.config.tie_word_embeddings
   assert_equal(got, {k: v for k, v in params.items() if k != "lm_head"})
@@ -122,8 +139,9 @@ def test_weights_are_laid_out_by_their_axes(network, directory, params):
   got = load_params(network, directory, mesh)
   assert_equal(got, params)
   kernel = got["language_model"]["layers"]["self_attn"]["q_proj"]["kernel"]
-  assert kernel.shape == (3, 64, 4, 16)
-  assert kernel.addressable_shards[0].data.shape == (3, 16, 2, 16)
+  layers, size, heads, head_dim = kernel.shape
+  assert (size, heads) == (64, 4)
+  assert kernel.addressable_shards[0].data.shape == (layers, 16, 2, head_dim)
 
 
 # -- export ------------------------------------------------------------------
@@ -151,7 +169,7 @@ def test_transformers_loads_what_is_exported(
     torch.testing.assert_close(state[name], 2 * weight, rtol=0, atol=0)
   assert (tmp_path / "export" / "chat_template.jinja").is_file()
   files = list((tmp_path / "export").glob("*.safetensors"))
-  assert len(files) == (1 if shard_bytes > 1e6 else 10)
+  assert len(files) == 1 if shard_bytes > 1e6 else len(files) > 5
 
 
 def test_an_export_has_the_names_that_transformers_writes(
@@ -163,6 +181,7 @@ def test_an_export_has_the_names_that_transformers_writes(
   assert_equal(got, expected)
 
 
+@qwen2_5_vl
 def test_an_export_replaces_an_earlier_one_and_leaves_nothing_beside(
   network, params, directory, tmp_path
 ):
@@ -171,6 +190,7 @@ def test_an_export_replaces_an_earlier_one_and_leaves_nothing_beside(
   assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+@qwen2_5_vl
 def test_an_export_does_not_replace_what_is_no_model(
   network, params, directory, tmp_path
 ):
@@ -179,6 +199,7 @@ def test_an_export_does_not_replace_what_is_no_model(
     save_hf(network, params, directory, tmp_path)
 
 
+@qwen2_5_vl
 def test_an_export_in_bfloat16_says_so(directory, tmp_path):
   network = load_network(
     directory, dtype="bfloat16", param_dtype="bfloat16", remat="none"
@@ -197,12 +218,14 @@ def test_a_missing_directory_is_named(tmp_path):
     load(tmp_path / "nowhere")
 
 
+@qwen2_5_vl
 def test_another_family_is_named(own):
   edit_config(own, lambda raw: raw.update(model_type="llava"))
   with pytest.raises(ValueError, match="llava"):
     load(own)
 
 
+@qwen2_5_vl
 def test_a_pickled_checkpoint_is_refused(own):
   (own / "model.safetensors").rename(own / "pytorch_model.bin")
   with pytest.raises(ValueError, match=r"pytorch_model.bin is not read"):
@@ -210,8 +233,29 @@ def test_a_pickled_checkpoint_is_refused(own):
 
 
 def test_a_missing_tensor_is_named(own):
-  edit_tensors(own, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+  def lose(tensors):
+    del tensors[one_of(tensors, "layers.1.mlp.up_proj.weight")]
+
+  edit_tensors(own, lose)
   with pytest.raises(ValueError, match=r"lacks .*layers.1.mlp.up_proj.weight"):
+    load(own)
+
+
+@qwen3_vl
+def test_a_missing_deepstack_merger_is_named(own):
+  name = "visual.deepstack_merger_list.2.norm.bias"
+  edit_tensors(own, lambda tensors: tensors.pop(f"model.{name}"))
+  with pytest.raises(ValueError, match=f"lacks .*{name}"):
+    load(own)
+
+
+@qwen3_vl
+def test_deepstack_mergers_that_no_tap_feeds_are_refused(own):
+  def untap(raw):
+    raw["vision_config"]["deepstack_visual_indexes"] = [0, 2]
+
+  edit_config(own, untap)
+  with pytest.raises(ValueError, match=r"beside .*deepstack_merger_list.2"):
     load(own)
 
 
@@ -223,13 +267,15 @@ def test_an_unknown_tensor_is_named(own):
 
 def test_a_mis_shaped_tensor_is_named(own):
   def cut(tensors):
-    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].copy()
+    name = one_of(tensors, "model.norm.weight")
+    tensors[name] = tensors[name][:-1].copy()
 
   edit_tensors(own, cut)
   with pytest.raises(ValueError, match=r"model.norm.weight has shape \[63\]"):
     load(own)
 
 
+@qwen2_5_vl
 def test_a_file_cut_short_is_named(own):
   path = own / "model.safetensors"
   path.write_bytes(path.read_bytes()[:-100])
@@ -237,6 +283,7 @@ def test_a_file_cut_short_is_named(own):
     load(own)
 
 
+@qwen2_5_vl
 def test_a_missing_shard_is_named(hf, tmp_path):
   hf.save_pretrained(tmp_path, max_shard_size="100KB")
   lost = sorted(tmp_path.glob("*.safetensors"))[1]
