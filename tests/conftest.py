@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from jaxvlm import sharding
 from jaxvlm.data.vision_layout import Layout, mrope_positions
-from jaxvlm.models import Network, qwen2_5_vl
+from jaxvlm.models import Network, find_family
 from jaxvlm.rollout.sampler import Draws, Sampler
 from jaxvlm.types import Example, Question
 
@@ -26,37 +26,63 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 IMAGE = 5
-TINY = {
-  "model_type": "qwen2_5_vl",
+IDS = {
   "image_token_id": IMAGE,
   "video_token_id": 6,
   "vision_start_token_id": 3,
   "vision_end_token_id": 4,
   "tie_word_embeddings": True,
-  "text_config": {
-    "max_position_embeddings": 512,
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+}
+TEXT = {
+  "max_position_embeddings": 512,
+  "vocab_size": 50,
+  "hidden_size": 32,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "intermediate_size": 48,
+  "rms_norm_eps": 1e-6,
+  "rope_theta": 1e4,
+}
+VISION = {
+  "depth": 2,
+  "hidden_size": 32,
+  "num_heads": 2,
+  "intermediate_size": 48,
+  "out_hidden_size": 32,
+  "temporal_patch_size": 2,
+  "spatial_merge_size": 2,
+}
+TINY = {
+  "qwen2_5_vl": {
+    "model_type": "qwen2_5_vl",
+    **IDS,
+    "text_config": {
+      **TEXT,
+      "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+    },
+    "vision_config": {
+      **VISION,
+      "patch_size": 14,
+      "tokens_per_second": 2,
+      "fullatt_block_indexes": [1],
+      "window_size": 56,
+    },
   },
-  "vision_config": {
-    "depth": 2,
-    "hidden_size": 32,
-    "num_heads": 2,
-    "intermediate_size": 48,
-    "out_hidden_size": 32,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "tokens_per_second": 2,
-    "fullatt_block_indexes": [1],
-    "window_size": 56,
+  "qwen3_vl": {
+    "model_type": "qwen3_vl",
+    **IDS,
+    "text_config": {
+      **TEXT,
+      "head_dim": 12,
+      "rope_scaling": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+    },
+    "vision_config": {
+      **VISION,
+      "patch_size": 16,
+      "num_position_embeddings": 9,
+      "deepstack_visual_indexes": [0],
+    },
   },
 }
 # The pictures of each question, as rows and columns of patches.
@@ -72,10 +98,16 @@ GRIDS = (
 )
 
 
+@pytest.fixture(scope="session", params=["qwen2_5_vl"])
+def family(request):
+  """One, unless a test asks for others."""
+  return request.param
+
+
 @pytest.fixture(scope="session")
-def network():
+def network(family):
   return Network(
-    config=qwen2_5_vl.Config.from_hf(TINY),
+    config=find_family(family).Config.from_hf(TINY[family]),
     dtype="float32",
     param_dtype="float32",
     remat="none",
@@ -83,8 +115,8 @@ def network():
 
 
 @pytest.fixture(scope="session")
-def layout():
-  return Layout.from_config(TINY)
+def layout(family):
+  return Layout.from_config(TINY[family])
 
 
 @pytest.fixture(scope="session")
@@ -116,14 +148,14 @@ def questions(layout):
     for _, h, w in grids.tolist():
       ids += [3, *[IMAGE] * (h * w // 4), 4]
     ids = np.array(ids + [10, 30] * (i % 3 == 2), np.int32)
-    patches = int(grids.prod(axis=1).sum())
+    shape = (int(grids.prod(axis=1).sum()), 6 * layout.patch_size**2)
     made.append(
       Question(
         question_id=100 + i,
         example=Example(problem=f"question {i}", answer="x"),
         prompt_ids=ids,
         position_ids=mrope_positions(ids, grids, layout),
-        pixel_values=random.normal(size=(patches, 1176)).astype(np.float32),
+        pixel_values=random.normal(size=shape).astype(np.float32),
         image_grid_thw=grids,
       )
     )

@@ -592,6 +592,52 @@ def test_an_unknown_part_or_all_of_them_is_refused(make_learner, mesh, frozen):
     make_learner(mesh, frozen=frozen)
 
 
+# -- the other family ----------------------------------------------------------
+
+qwen3_vl = pytest.mark.parametrize("family", ["qwen3_vl"], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def naive_grpo(naive, params, questions, rollout, batch):
+  """Logprobs and every gradient of the loss, by naive rows."""
+  loss = grpo_loss(rollout, batch)
+  return naive(params, questions, rollout, OBJECTIVE.temperature, loss)
+
+
+@qwen3_vl
+def test_qwen3_samples_what_naive_rows_score(naive_grpo, rollout):
+  assert rollout.completion_mask.sum(-1).min() < 3  # unlike lengths
+  np.testing.assert_allclose(
+    rollout.sampler_logprobs, naive_grpo[0], rtol=0, atol=1e-4
+  )
+
+
+@qwen3_vl
+@pytest.mark.parametrize(
+  "frozen", [("merger",), ("vision_tower", "decoder")], ids="-".join
+)
+def test_qwen3_parts_learn_as_naive_rows_do_or_keep_their_bits(
+  run, make_learner, mesh, batch, params, network, naive_grpo, frozen
+):
+  state, metrics = run(make_learner(mesh, frozen=frozen), mesh, batch)
+  part = {
+    path: network.part_of(tuple(path.split("/"))) for path in flat(params)
+  }
+  assert set(part.values()) == {"vision_tower", "merger", "decoder"}
+  assert part["visual/deepstack_merger_list/norm/weight"] == "merger"
+
+  expected = {p: g for p, g in naive_grpo[1].items() if part[p] not in frozen}
+  assert all(np.abs(g).max() > 0 for g in expected.values())
+  assert_trees_close(gradients(state, metrics), expected, 1e-5)
+
+  found = flat(state.params)
+  for path, x in flat(params).items():
+    if part[path] in frozen:
+      assert_same_bits(found[path], x)
+    else:
+      assert np.abs(found[path] - x).max() > 0.1 * RATE, path
+
+
 # -- a gradient that is not finite ---------------------------------------------
 
 
