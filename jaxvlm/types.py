@@ -37,6 +37,9 @@ class Example:
   task: str = ""  # evaluation reports accuracy for each task
   name: str = ""  # file and row, for messages
   response: str | None = None  # None: sampled; text: the target of SFT
+  # A conversation as chat templates take it, its pictures in `images` and its
+  # last turn also in `problem`; (): the problem is the only turn.
+  messages: tuple[dict[str, Any], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

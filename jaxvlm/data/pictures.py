@@ -22,6 +22,7 @@ from jaxvlm.types import Picture
 
 MAX_ASPECT = 200  # smart_resize of HF refuses longer strips
 _EXIF_ORIENTATION = 0x0112
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap the sides
 # What Pillow raises for files that are cut short, broken or a bomb.
 _BROKEN = (
   OSError,
@@ -70,7 +71,7 @@ class PictureSettings:
 
     Raises:
       ValueError: no settings file, one that turns a part of the work off, or
-        limits that exclude each other.
+        limits that exclude each other or every picture.
     """
     settings = _read_settings(pathlib.Path(directory))
     for part in ("do_resize", "do_rescale", "do_normalize"):
@@ -97,7 +98,18 @@ class PictureSettings:
     rest = {k: settings.get(k, default) for k, default in _DEFAULTS.items()}
     rest["image_mean"] = tuple(rest["image_mean"])
     rest["image_std"] = tuple(rest["image_std"])
-    return cls(min_pixels=low, max_pixels=high, **rest)
+    made = cls(min_pixels=low, max_pixels=high, **rest)
+    if high < made.token_side**2:
+      raise ValueError(
+        f"max_pixels {high}: less than one visual token, which is a square of "
+        f"{made.token_side} pixels; expected at least {made.token_side**2}."
+      )
+    return made
+
+  @property
+  def token_side(self) -> int:
+    """Pixels along a side of the square that one visual token shows."""
+    return self.patch_size * self.merge_size
 
   @property
   def patch_width(self) -> int:
@@ -146,11 +158,22 @@ def _open(picture: Picture) -> PIL.Image.Image:
   if isinstance(picture, str) and not pathlib.Path(picture).is_file():
     raise ValueError(f"no such file: {picture}")
   file = io.BytesIO(picture) if isinstance(picture, bytes) else picture
-  return PIL.Image.open(file)
+  image = PIL.Image.open(file)
+  if image.mode.startswith(("I", "F")):
+    raise ValueError(
+      f"gray of more than 8 bits (mode {image.mode}), which Pillow and so "
+      "transformers would clip to white; save it with 8 bits"
+    )
+  return image
 
 
 def load_picture(picture: Picture) -> UInt8[np.ndarray, "H W 3"]:
-  """Decodes a picture, turned upright, with transparency put on white.
+  """Decodes a picture's first frame, upright, with transparency put on white.
+
+  Equal to transformers' image processor on the upright picture, as TRL gives
+  it (and qwen-vl-utils, and vLLM). `load_image` of transformers, which opens
+  the paths in message lists, agrees but for transparency: it drops the alpha
+  channel, and what is invisible gets the colour that happens to be stored.
 
   Raises:
     ValueError: it cannot be read; says why.
@@ -160,7 +183,8 @@ def load_picture(picture: Picture) -> UInt8[np.ndarray, "H W 3"]:
   try:
     with _open(picture) as image:
       image = PIL.ImageOps.exif_transpose(image)
-      if "A" in image.getbands() or "transparency" in image.info:
+      transparent = image.info.get("transparency") is not None
+      if transparent or "A" in image.getbands():
         image = image.convert("RGBA")
         white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = PIL.Image.alpha_composite(white, image)
@@ -183,9 +207,9 @@ def measure_picture(picture: Picture) -> tuple[int, int]:
   try:
     with _open(picture) as image:
       width, height = image.size
-      turned = image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
       image.draft("RGB", (1, 1))
-      image.load()
+      image.load()  # a TIFF is upright from the start, and now says so
+      turned = image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
   except _BROKEN as error:
     raise ValueError(f"cannot read the picture: {error}") from error
   return (width, height) if turned else (height, width)
@@ -196,7 +220,9 @@ def smart_resize(
 ) -> tuple[int, int]:
   """Sides after the resize: whole visual tokens, area within the limits.
 
-  Source: smart_resize of transformers' Qwen2-VL.
+  Source: smart_resize of transformers' Qwen2-VL. As there, the area is beyond
+  a limit in two cases alone: a strip keeps the width of one visual token, and
+  limits so close that no whole number of tokens lies between are overstepped.
 
   Raises:
     ValueError: one side is more than 200 times the other.
@@ -206,7 +232,7 @@ def smart_resize(
       f"a picture of {height} x {width} pixels is too thin; the longer side "
       f"may be at most {MAX_ASPECT} times the shorter."
     )
-  factor = settings.patch_size * settings.merge_size
+  factor = settings.token_side
   new_height = round(height / factor) * factor
   new_width = round(width / factor) * factor
   area = new_height * new_width
@@ -218,6 +244,10 @@ def smart_resize(
     grow = math.sqrt(settings.min_pixels / (height * width))
     new_height = math.ceil(height * grow / factor) * factor
     new_width = math.ceil(width * grow / factor) * factor
+  shrunk, grown = area > settings.max_pixels, area < settings.min_pixels
+  area, thin = new_height * new_width, factor in (new_height, new_width)
+  assert area <= settings.max_pixels or grown or thin
+  assert area >= settings.min_pixels or shrunk
   return new_height, new_width
 
 

@@ -6,14 +6,21 @@ torchvision.
 
 import dataclasses
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any, Self
 
+import jinja2
 import numpy as np
 import transformers
 from jaxtyping import Bool, Int
 
+from jaxvlm.data.messages import (
+  MARKER,
+  Message,
+  count_images,
+  split_markers,
+  with_suffix,
+)
 from jaxvlm.data.pictures import (
   PictureSettings,
   load_picture,
@@ -25,8 +32,6 @@ from jaxvlm.data.pictures import (
 from jaxvlm.data.vision_layout import Layout, mrope_positions
 from jaxvlm.types import Example, Question
 
-MARKER = "<image>"
-_MARKERS = re.compile(r"<image>|<video>")
 _VISION_TOKENS = (
   "<|vision_start|>",
   "<|vision_end|>",
@@ -45,7 +50,7 @@ class Processor:
   pictures: PictureSettings
   layout: Layout
   prompt_suffix: str  # put after each problem
-  system_prompt: str | None  # None: the template's own
+  system_prompt: str | None  # of rows without one; None: the template's own
   eos_ids: tuple[int, ...]  # any of them ends a completion
   pad_id: int
 
@@ -65,8 +70,9 @@ class Processor:
       directory: with config.json, tokenizer and preprocessor_config.json.
       min_pixels: area below which pictures grow; None: the checkpoint's.
       max_pixels: area above which pictures shrink; None: the checkpoint's.
-      prompt_suffix: text put after each problem.
-      system_prompt: text of a system turn; None: what the template does.
+      prompt_suffix: text put after each problem, in the last turn.
+      system_prompt: text of a system turn, for rows that have none of their
+        own; None: what the template does.
 
     Raises:
       ValueError: a file is missing or does not fit the others.
@@ -103,19 +109,26 @@ class Processor:
     """The prompt as the template renders it, one image_pad a picture.
 
     Raises:
-      ValueError: markers and pictures differ in number, or a video; names
-        the row.
+      ValueError: markers and pictures differ in number, a video, or messages
+        that the template does not take; names the row.
     """
-    messages: list[dict[str, Any]] = []
-    if self.system_prompt is not None:
-      messages.append({"role": "system", "content": self.system_prompt})
-    messages.append({"role": "user", "content": self._content(example)})
-    return self.tokenizer.apply_chat_template(
-      messages,
-      chat_template=self.chat_template,
-      tokenize=False,
-      add_generation_prompt=True,
-    )
+    try:
+      text = self.tokenizer.apply_chat_template(
+        self._messages(example),
+        chat_template=self.chat_template,
+        tokenize=False,
+        add_generation_prompt=True,
+      )
+    except jinja2.TemplateError as error:
+      raise ValueError(
+        f"{example.name}: the chat template does not take it: {error}"
+      ) from error
+    if "<|video_pad|>" in text:
+      raise ValueError(
+        f"{example.name}: the prompt has <|video_pad|>; only pictures are "
+        "supported."
+      )
+    return text
 
   def length(self, example: Example) -> int:
     """Tokens of the prompt; checks the row and reads its pictures.
@@ -124,7 +137,7 @@ class Processor:
       ValueError: the row cannot be prepared; names it and says why.
     """
     tokens = len(self._encode(example)) - len(example.images)
-    area = (self.pictures.patch_size * self.pictures.merge_size) ** 2
+    area = self.pictures.token_side**2
     for i, picture in enumerate(example.images):
       try:
         height, width = measure_picture(picture)
@@ -201,28 +214,21 @@ class Processor:
     banned[[known[token] for token in _VISION_TOKENS if token in known]] = True
     return banned
 
-  def _content(self, example: Example) -> str | list[dict[str, str]]:
-    problem = example.problem + self.prompt_suffix
-    markers = _MARKERS.findall(problem)
-    if "<video>" in markers:
+  def _messages(self, example: Example) -> list[Message]:
+    messages, what = list(example.messages), "image parts in the messages"
+    if not messages:
+      content = split_markers(example.problem, example.name)
+      messages = [{"role": "user", "content": content}]
+      what = f"{MARKER} markers in the problem"
+    if (count := count_images(messages)) != len(example.images):
       raise ValueError(
-        f"{example.name}: the problem has a <video> marker; only pictures "
-        "are supported."
+        f"{example.name}: {count} {what} but {len(example.images)} pictures; "
+        "each picture needs one."
       )
-    if len(markers) != len(example.images):
-      raise ValueError(
-        f"{example.name}: {len(markers)} {MARKER} markers in the problem but "
-        f"{len(example.images)} pictures; each picture needs one marker."
-      )
-    if not markers:
-      return problem
-    parts: list[dict[str, str]] = []
-    for i, text in enumerate(problem.split(MARKER)):
-      if i:
-        parts.append({"type": "image"})
-      if text:
-        parts.append({"type": "text", "text": text})
-    return parts
+    if self.system_prompt is not None and messages[0]["role"] != "system":
+      messages.insert(0, {"role": "system", "content": self.system_prompt})
+    messages[-1] = with_suffix(messages[-1], self.prompt_suffix)
+    return messages
 
   def _encode(self, example: Example) -> Int[np.ndarray, " P"]:
     # Placeholders are whole tokens, so copies can be made after encoding.

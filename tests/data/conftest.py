@@ -1,11 +1,14 @@
-"""A small tokenizer with Qwen's special tokens, in a Hugging Face directory."""
+"""Hugging Face directories of both families, with a small tokenizer."""
 
 import json
 import pathlib
+from typing import Any, NamedTuple
 
 import pytest
 import tokenizers
 import transformers
+from transformers.models.qwen2_5_vl import processing_qwen2_5_vl
+from transformers.models.qwen3_vl import processing_qwen3_vl
 
 from jaxvlm.data.processor import Processor
 
@@ -45,8 +48,74 @@ CHAT_TEMPLATE = """\
 """
 
 
-def write_checkpoint(directory: pathlib.Path) -> pathlib.Path:
-  directory.mkdir(parents=True, exist_ok=True)
+# What Qwen3-VL's does: no system turn of its own, text alone in other turns.
+CHAT_TEMPLATE_3 = """\
+{%- macro show(content, pictures) -%}
+{%- if content is string -%}
+{{ content }}
+{%- else -%}
+{%- for part in content -%}
+{%- if part.type == 'image' and pictures -%}
+<|vision_start|><|image_pad|><|vision_end|>
+{%- elif 'text' in part -%}
+{{ part.text }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+{{ '<|im_start|>' + message.role + '\n' }}
+{{- show(message.content, message.role == 'user') }}
+{{- '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\n' }}
+{%- endif -%}
+"""
+
+
+class Family(NamedTuple):
+  """What in the files of a published checkpoint differs between families."""
+
+  template: str
+  vision_config: dict[str, Any]
+  picture_settings: dict[str, Any]
+  hf_processor: type
+
+
+FAMILIES = {
+  "qwen2_5_vl": Family(
+    CHAT_TEMPLATE,
+    {"patch_size": 14, "spatial_merge_size": 2, "window_size": 112},
+    {
+      "min_pixels": 3136,
+      "max_pixels": 12845056,
+      "image_mean": [0.48145466, 0.4578275, 0.40821073],
+      "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    processing_qwen2_5_vl.Qwen2_5_VLProcessor,
+  ),
+  "qwen3_vl": Family(
+    CHAT_TEMPLATE_3,
+    {
+      "patch_size": 16,
+      "spatial_merge_size": 2,
+      "num_position_embeddings": 2304,
+    },
+    {
+      "size": {"shortest_edge": 65536, "longest_edge": 16777216},
+      "patch_size": 16,
+      "temporal_patch_size": 2,
+      "merge_size": 2,
+      "image_mean": [0.5, 0.5, 0.5],
+      "image_std": [0.5, 0.5, 0.5],
+    },
+    processing_qwen3_vl.Qwen3VLProcessor,
+  ),
+}
+
+
+def small_tokenizer() -> tokenizers.Tokenizer:
   byte_level = tokenizers.pre_tokenizers.ByteLevel
   tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
   tokenizer.normalizer = tokenizers.normalizers.NFC()
@@ -59,6 +128,18 @@ def write_checkpoint(directory: pathlib.Path) -> pathlib.Path:
   )
   tokenizer.train_from_iterator(["you are a helpful assistant"] * 3, trainer)
   tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+  return tokenizer
+
+
+def write_checkpoint(
+  directory: pathlib.Path,
+  family: str = "qwen2_5_vl",
+  tokenizer: tokenizers.Tokenizer | None = None,
+) -> pathlib.Path:
+  """All of a checkpoint but its weights."""
+  tokenizer = tokenizer or small_tokenizer()
+  made = FAMILIES[family]
+  directory.mkdir(parents=True, exist_ok=True)
   tokenizer.save(str(directory / "tokenizer.json"))
   write_json(
     directory / "tokenizer_config.json",
@@ -69,20 +150,35 @@ def write_checkpoint(directory: pathlib.Path) -> pathlib.Path:
   )
   write_json(
     directory / "config.json",
-    model_type="qwen2_5_vl",
+    model_type=family,
     image_token_id=tokenizer.token_to_id("<|image_pad|>"),
-    vision_config={"patch_size": 14, "spatial_merge_size": 2},
+    vision_config=made.vision_config,
   )
   write_json(
     directory / "preprocessor_config.json",
     image_processor_type="Qwen2VLImageProcessor",
-    min_pixels=3136,
-    max_pixels=12845056,
-    image_mean=[0.48145466, 0.4578275, 0.40821073],
-    image_std=[0.26862954, 0.26130258, 0.27577711],
+    **made.picture_settings,
   )
-  (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+  (directory / "chat_template.jinja").write_text(made.template)
   return directory
+
+
+def open_hf_processor(directory: pathlib.Path, family: str):
+  """transformers' processor, its pictures by Pillow."""
+
+  class WithoutVideo(FAMILIES[family].hf_processor):
+    """Its video processor needs torchvision; pictures and text do not."""
+
+    def check_argument_for_proper_class(self, name, argument):
+      pass
+
+  return WithoutVideo(
+    image_processor=transformers.AutoImageProcessor.from_pretrained(
+      directory, backend="pil"
+    ),
+    tokenizer=transformers.AutoTokenizer.from_pretrained(directory),
+    chat_template=FAMILIES[family].template,
+  )
 
 
 def write_json(file: pathlib.Path, **content) -> None:
@@ -124,3 +220,18 @@ def processor(checkpoint, make_processor) -> Processor:
 @pytest.fixture(scope="session")
 def hf_tokenizer(checkpoint):
   return transformers.AutoTokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request) -> str:
+  return request.param
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(family, tmp_path_factory) -> pathlib.Path:
+  return write_checkpoint(tmp_path_factory.mktemp(family) / family, family)
+
+
+@pytest.fixture(scope="session")
+def hf_processor(family, family_checkpoint):
+  return open_hf_processor(family_checkpoint, family)

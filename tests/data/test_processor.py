@@ -7,9 +7,8 @@ import sys
 import numpy as np
 import PIL.Image
 import pytest
-from transformers.models.qwen2_5_vl import processing_qwen2_5_vl
-from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
 
+from jaxvlm.data import loader, vision_layout
 from jaxvlm.types import Example
 
 
@@ -22,23 +21,6 @@ def make_example(problem="<image>what?", *, images=None, **changes):
   images = (noise(56, 84),) if images is None else images
   fields = {"answer": "3", "name": "rows.json[4]"} | changes
   return Example(problem=problem, images=images, **fields)
-
-
-class WithoutVideo(processing_qwen2_5_vl.Qwen2_5_VLProcessor):
-  """Its video processor needs torchvision; pictures and text do not."""
-
-  def check_argument_for_proper_class(self, name, argument):
-    pass
-
-
-@pytest.fixture(scope="module")
-def hf_processor(checkpoint, hf_tokenizer):
-  hf = image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil
-  return WithoutVideo(
-    image_processor=hf.from_pretrained(checkpoint),
-    tokenizer=hf_tokenizer,
-    chat_template=hf_tokenizer.chat_template,
-  )
 
 
 def run_hf(hf_processor, content, pictures, system=None):
@@ -74,13 +56,19 @@ def run_hf(hf_processor, content, pictures, system=None):
 )
 @pytest.mark.parametrize("system", [None, "You see."])
 def test_prompts_equal_transformers(
-  checkpoint, make_processor, hf_processor, problem, content, sizes, system
+  family_checkpoint,
+  make_processor,
+  hf_processor,
+  problem,
+  content,
+  sizes,
+  system,
 ):
   suffix = "" if problem.endswith("<image>") else " Think."
   content = [*content[:-1], content[-1] + suffix] if suffix else content
   pictures = tuple(noise(*size) for size in sizes)
   processor = make_processor(
-    checkpoint, prompt_suffix=suffix, system_prompt=system
+    family_checkpoint, prompt_suffix=suffix, system_prompt=system
   )
   question = processor.question(make_example(problem, images=pictures), 7)
   want = run_hf(hf_processor, content, pictures, system)
@@ -91,12 +79,43 @@ def test_prompts_equal_transformers(
       question.image_grid_thw, want["image_grid_thw"]
     )
   else:
-    assert question.pixel_values.shape == (0, 1176)
+    assert question.pixel_values.shape == (0, processor.pictures.patch_width)
     assert question.image_grid_thw.shape == (0, 3)
   assert processor.length(question.example) == len(question.prompt_ids)
   assert question.position_ids.shape == (3, len(question.prompt_ids))
   assert question.question_id == 7
   assert question.response_ids is None
+
+
+def test_a_batch_mixes_text_with_one_and_several_pictures(
+  family_checkpoint, make_processor
+):
+  processor = make_processor(family_checkpoint)
+  sizes = [[(60, 90)], [], [(300, 200), (20, 20), (64, 640)]]
+  examples = [
+    make_example(
+      "<image>".join("abcd"[: len(s) + 1]), images=tuple(noise(*x) for x in s)
+    )
+    for s in sizes
+  ]
+  questions = loader.questions(examples, processor, range(3))
+  batch = vision_layout.collate(questions, lanes=1, layout=processor.layout)
+  for row, question in enumerate(questions):
+    length = len(question.prompt_ids)
+    assert batch.prompt_mask[row].sum() == length
+    np.testing.assert_array_equal(
+      batch.position_ids[:, row, :length], question.position_ids
+    )
+  # Visual tokens are numbered through the lane, row after row.
+  shown = batch.vision_index[batch.vision_index >= 0]
+  grids = np.concatenate([q.image_grid_thw for q in questions])
+  assert len(grids) == 4
+  np.testing.assert_array_equal(shown, np.arange(grids.prod(axis=1).sum() // 4))
+  assert (batch.vision_index[1] == -1).all()
+  pixels = np.concatenate([q.pixel_values for q in questions])
+  np.testing.assert_array_equal(
+    batch.vision.pixel_values[0, : len(pixels)], pixels
+  )
 
 
 def test_responses_end_in_the_end_of_turn(processor, hf_tokenizer):
@@ -169,6 +188,7 @@ def test_the_processors_template_goes_before_the_tokenizers(
     (make_example(images=()), r"\[4\]: 1 <image> markers .* 0 pictures"),
     (make_example("<video>what?"), r"\[4\]: the problem has a <video> marker"),
     (make_example("<image><|image_pad|>"), r"\[4\]: 2 picture tokens"),
+    (make_example("<image><|video_pad|>"), r"\[4\]: the prompt has <\|video"),
     (make_example(images=(b"no",)), r"\[4\]: picture 1: cannot read"),
     (
       make_example(images=("no.png",)),
