@@ -37,6 +37,22 @@ def find_family(model_type: str | None) -> ModuleType:
   return importlib.import_module(f"jaxvlm.models.{model_type}")
 
 
+def find_size(name: str) -> Any:
+  """The Config of a published size, as "qwen3_vl_8b".
+
+  Raises:
+    ValueError: there is no such size.
+  """
+  sizes = {
+    f"{family}_{size}": config
+    for family in FAMILIES
+    for size, config in find_family(family).SIZES.items()
+  }
+  if name not in sizes:
+    raise ValueError(f"no size {name!r}; there are {', '.join(sizes)}.")
+  return sizes[name]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
   """An architecture and its dtypes, without weights: static under jit.

@@ -148,7 +148,6 @@ def save_hf(
       return (_fetch(leaf[i]) for i in range(len(weight.names)))
     return _fetch(leaf)
 
-  family = find_family(network.config.model_type)
   try:
     if writer:
       shutil.rmtree(aside, ignore_errors=True)
@@ -158,7 +157,7 @@ def save_hf(
       weights(network),
       aside if writer else None,
       dtype=network.param_dtype,
-      rename=lambda name: _replace(name, family.HUB_NAMES),
+      rename=hub_name(network),
       fetch=fetch,
       progress=progress,
     )
@@ -167,6 +166,12 @@ def save_hf(
   finally:
     if writer:
       shutil.rmtree(aside, ignore_errors=True)
+
+
+def hub_name(network: Network) -> Callable[[str], str]:
+  """From a tensor's name in the tree to that in the hub's files."""
+  family = find_family(network.config.model_type)
+  return lambda name: _replace(name, family.HUB_NAMES)
 
 
 def _fetch(array: Any) -> np.ndarray:

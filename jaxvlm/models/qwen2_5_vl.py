@@ -77,6 +77,50 @@ class Config(base.Config):
     return raw
 
 
+def _size(
+  text: tuple[int, int, int, int, int, int], *, tied: bool, vision_mlp: int
+) -> Config:
+  hidden, layers, heads, kv_heads, mlp, vocab = text
+  return Config.from_hf(
+    {
+      "model_type": Config.model_type,
+      "tie_word_embeddings": tied,
+      "text_config": {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 128000,
+      },
+      "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "num_heads": 16,
+        "intermediate_size": vision_mlp,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "out_hidden_size": hidden,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+      },
+    }
+  )
+
+
+# What the published checkpoints' config.json say.
+SIZES = {
+  "3b": _size((2048, 36, 16, 2, 11008, 151936), tied=True, vision_mlp=3420),
+  "7b": _size((3584, 28, 28, 4, 18944, 152064), tied=False, vision_mlp=3420),
+  "32b": _size((5120, 64, 40, 8, 27648, 152064), tied=False, vision_mlp=3456),
+  "72b": _size((8192, 80, 64, 8, 29568, 152064), tied=False, vision_mlp=3456),
+}
+
+
 class VisionTower(nnx.Module):
   """HF: Qwen2_5_VisionTransformerPretrainedModel, in the patches' own order.
 

@@ -66,6 +66,58 @@ class Config(base.Config):
       )
 
 
+def _size(
+  text: tuple[int, int, int, int],
+  tower: tuple[int, int, int, tuple[int, int, int]],
+  *,
+  tied: bool,
+) -> Config:
+  hidden, layers, heads, mlp = text
+  depth, vision_hidden, vision_mlp, taps = tower
+  return Config.from_hf(
+    {
+      "model_type": Config.model_type,
+      "tie_word_embeddings": tied,
+      "text_config": {
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": mlp,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 262144,
+        "rope_theta": 5000000.0,
+      },
+      "vision_config": {
+        "depth": depth,
+        "hidden_size": vision_hidden,
+        "num_heads": 16,
+        "intermediate_size": vision_mlp,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "out_hidden_size": hidden,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": list(taps),
+      },
+    }
+  )
+
+
+_SMALL_TOWER = (24, 1024, 4096, (5, 11, 17))
+_LARGE_TOWER = (27, 1152, 4304, (8, 16, 24))
+
+# What the published checkpoints' config.json say.
+SIZES = {
+  "2b": _size((2048, 28, 16, 6144), _SMALL_TOWER, tied=True),
+  "4b": _size((2560, 36, 32, 9728), _SMALL_TOWER, tied=True),
+  "8b": _size((4096, 36, 32, 12288), _LARGE_TOWER, tied=False),
+  "32b": _size((5120, 64, 64, 25600), _LARGE_TOWER, tied=False),
+}
+
+
 class VisionTower(nnx.Module):
   """HF: Qwen3VLVisionModel."""
 

@@ -6,6 +6,7 @@ Reading takes just the slices that a device holds, and writing goes straight to
 the file, so neither needs memory for more than a leaf's share of a device.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -15,7 +16,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors
@@ -28,6 +29,7 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _NAMES = {theirs: ours for ours, theirs in DTYPES.items()}
 
+T = TypeVar("T")
 Index = tuple[slice, ...]
 Place = tuple[pathlib.Path, str]  # a file, and a tensor's name in it
 
@@ -69,8 +71,10 @@ class Weight:
     sizes = [s.stop - s.start for s in spans]
     part = np.empty((layers.stop - layers.start, *sizes), dtype)
     for i, name in enumerate(self.names[layers]):
-      block = self._read(name, spans, read)
-      part[i] = (block.T if self.transposed else block).reshape(sizes)
+      block = self._read(name, spans, read).astype(dtype, copy=False)
+      if self.transposed:
+        block = _transpose(block)
+      part[i] = block.reshape(sizes)
     return part if self.stacked else part[0]
 
   def to_hf(
@@ -84,7 +88,7 @@ class Weight:
   def tensor(self, layer: np.ndarray) -> np.ndarray:
     """The tensor of one layer."""
     if self.transposed:
-      layer = layer.reshape(-1, self.hf_shape[0]).T
+      layer = _transpose(layer.reshape(-1, self.hf_shape[0]))
     return layer.reshape(self.hf_shape)
 
   def _read(
@@ -106,11 +110,12 @@ class Weight:
     if self.transposed:
       halves.reverse()
     rows, cols = (_runs(*half) for half in halves)
-    return np.concatenate(
+    return _join(
       [
-        np.concatenate([self._block(name, r, c, read) for c in cols], axis=1)
+        _join([self._block(name, r, c, read) for c in cols], axis=1)
         for r in rows
-      ]
+      ],
+      axis=0,
     )
 
   def _block(
@@ -124,6 +129,20 @@ class Weight:
       return read(name, (rows, cols))
     # A convolution's columns are its other axes.
     return read(name, (rows,)).reshape(rows.stop - rows.start, -1)[:, cols]
+
+
+def _join(blocks: Sequence[np.ndarray], *, axis: int) -> np.ndarray:
+  return blocks[0] if len(blocks) == 1 else np.concatenate(blocks, axis)
+
+
+def _transpose(matrix: np.ndarray) -> np.ndarray:
+  """A copy, made a cache line at a time: three times as fast as numpy's."""
+  bits = matrix.view(f"u{matrix.itemsize}")  # numpy copies bfloat16 slowly
+  turned = np.empty(bits.shape[::-1], bits.dtype)
+  strip = 64 // matrix.itemsize
+  for i in range(0, len(bits), strip):
+    turned[:, i : i + strip] = bits[i : i + strip].T
+  return turned.view(matrix.dtype)
 
 
 def _runs(shape: Sequence[int], spans: Sequence[slice]) -> list[slice]:
@@ -299,8 +318,9 @@ def write(
     }
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
-  tensors = (
-    (rename(name), tensor)
+  # safetensors has memory as it lies, whatever the strides say.
+  tensors = _ahead(
+    (rename(name), np.ascontiguousarray(tensor, dtype).view(np.uint8))
     for weight in weights
     for name, tensor in weight.to_hf(fetch(weight))
   )
@@ -312,9 +332,17 @@ def write(
       for expected, (got, tensor) in zip(header, tensors, strict=False):
         assert expected == got
         if file is not None:
-          # safetensors has memory as it lies, whatever the strides say.
-          file.write(np.ascontiguousarray(tensor, dtype).view(np.uint8))
-        progress(size * tensor.size)
+          file.write(tensor)
+        progress(tensor.size)
+
+
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+  """The items, each made by another thread while the one before is used."""
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    coming = pool.submit(next, items, None)
+    while (item := coming.result()) is not None:
+      coming = pool.submit(next, items, None)
+      yield item
 
 
 def _end(header: dict[str, Any]) -> int:

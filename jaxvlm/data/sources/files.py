@@ -1,7 +1,8 @@
 """Rows of parquet, JSON and JSONL files, as EasyR1 and HF datasets write them.
 
-A row has a problem with one <image> marker for each picture, an answer, and
-its pictures as paths, encoded bytes, {bytes, path} or base64 text.
+A row has a problem, an answer, and its pictures as paths, encoded bytes,
+{bytes, path} or base64 text. The problem is text with one <image> marker for
+each picture, or a list of messages (`jaxvlm.data.messages`).
 """
 
 import base64
@@ -11,17 +12,21 @@ import glob
 import itertools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import pyarrow
 import pyarrow.parquet
 
+from jaxvlm.data.messages import read_messages
 from jaxvlm.types import Example, Picture
 
 # JPEG, PNG, GIF, WebP (RIFF), BMP, TIFF.
 _SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*", b"MM")
 _LONGEST_PATH = 4096
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_VIDEO_COLUMNS = ("videos", "video")
 
 
 def source(
@@ -38,7 +43,7 @@ def source(
 
   Args:
     path: a file or glob pattern, or several; .parquet, .json or .jsonl.
-    problem_key: column of the text.
+    problem_key: column of the text or the messages.
     answer_key: column of the answer, text or a number.
     images_key: column of the pictures; rows without any are text alone.
     response_key: column of a written response, for SFT; None: there is none.
@@ -47,7 +52,7 @@ def source(
 
   Raises:
     ValueError: a missing or broken file, no rows, a missing column, or a row
-      without problem or answer; names file and row.
+      without problem or answer or with a video; names file and row.
   """
   tables = [_Table(file) for file in _find_files(path)]
   rows = _Rows(
@@ -89,10 +94,11 @@ class _Table:
       return sorted({key for row in self._columns for key in row})
     return self._columns.column_names
 
-  def column(self, key: str) -> list[Any]:
+  def column(self, key: str) -> Iterable[Any]:
+    """One value at a time: messages may hold their pictures."""
     if isinstance(self._columns, list):
-      return [row.get(key) for row in self._columns]
-    return self._columns.column(key).to_pylist()
+      return (row.get(key) for row in self._columns)
+    return (value.as_py() for value in self._columns.column(key))
 
   def row(self, i: int) -> dict[str, Any]:
     if isinstance(self._columns, list):
@@ -123,40 +129,43 @@ class _Rows(Sequence[Example]):
     return self._length
 
   def check(self) -> None:
-    """Raises ValueError for the first row without problem or target."""
-    target = self._keys["response"] or self._keys["answer"]
+    """Raises ValueError for the first row that cannot be used."""
+    target = str(self._keys["response"] or self._keys["answer"])
     for table, start in zip(self._tables, self._starts, strict=False):
       if self._length > start:
-        self._check_columns(table, str(target))
-        problems = table.column(str(self._keys["problem"]))
-        targets = table.column(str(target))
-        pairs = zip(problems, targets, strict=True)
-        for i, pair in enumerate(itertools.islice(pairs, self._length - start)):
-          self._check_row(_name(table.file, i), *pair)
+        present = table.keys()
+        keys = [str(self._keys["problem"]), target]
+        self._check_columns(table.file, present, keys)
+        keys += [key for key in _VIDEO_COLUMNS if key in present]
+        rows = zip(*map(table.column, keys), strict=True)
+        for i, row in enumerate(itertools.islice(rows, self._length - start)):
+          self._check_row(_name(table.file, i), *row)
 
-  def _check_row(self, name: str, problem: Any, target: Any) -> None:
-    if not isinstance(problem, str) or not problem:
+  def _check_row(
+    self, name: str, problem: Any, target: Any, *videos: Any
+  ) -> None:
+    if not isinstance(problem, str | list) or not problem:
       raise ValueError(
-        f"{name}: {self._keys['problem']!r} is {problem!r}; expected text."
+        f"{name}: {self._keys['problem']!r} is {problem!r}; expected text or "
+        "a list of messages."
       )
+    if any(videos):
+      raise ValueError(f"{name}: has videos; only pictures are supported.")
     if not _text(target, name):
       raise ValueError(
         f"{name}: no {self._keys['response'] or self._keys['answer']!r}; "
         "each row needs one."
       )
 
-  def _check_columns(self, table: _Table, target: str) -> None:
-    present = table.keys()
-    for key in (str(self._keys["problem"]), target):
+  def _check_columns(
+    self, file: pathlib.Path, present: Sequence[str], keys: Sequence[str]
+  ) -> None:
+    for key in keys:
       if key not in present:
         raise ValueError(
-          f"{table.file}: no column {key!r}; there are {', '.join(present)}. "
+          f"{file}: no column {key!r}; there are {', '.join(present)}. "
           "Name yours with problem_key, answer_key and response_key."
         )
-    if "videos" in present and any(table.column("videos")):
-      raise ValueError(
-        f"{table.file}: has videos; only pictures are supported."
-      )
 
   @overload
   def __getitem__(self, i: int) -> Example: ...
@@ -173,13 +182,23 @@ class _Rows(Sequence[Example]):
     name = _name(table.file, number)
     row = table.row(number)
     root = pathlib.Path(self._image_dir or table.file.parent)
-    response = row.get(self._keys["response"] or "")
+    problem = row[str(self._keys["problem"])]
+    images = _pictures(row.get(str(self._keys["images"])), root, name)
+    messages: tuple[dict[str, Any], ...] = ()
+    if isinstance(problem, list):
+      messages, images, problem = read_messages(
+        problem,
+        images,
+        read_picture=lambda item: _picture(item, root, name),
+        name=name,
+      )
     return Example(
-      problem=row[str(self._keys["problem"])],
+      problem=problem,
       answer=_text(row.get(str(self._keys["answer"])), name),
-      images=_pictures(row.get(str(self._keys["images"])), root, name),
+      images=images,
       name=name,
-      response=response or None,
+      response=row.get(self._keys["response"] or "") or None,
+      messages=messages,
     )
 
 
@@ -262,6 +281,13 @@ def _picture(item: Any, root: pathlib.Path, name: str) -> Picture:
       f"{name}: a picture is {item!r}; expected a path, bytes, base64 text or "
       "{bytes, path}."
     )
+  scheme = _SCHEME.match(item)
+  if scheme and scheme[1].lower() != "file":
+    raise ValueError(
+      f"{name}: a picture is the address {item[:200]}; download it first, "
+      "pictures are read from files or rows alone."
+    )
+  item = item[scheme.end() :] if scheme else item
   if item.startswith("data:image/"):
     item = item.partition(",")[2]
   elif len(item) < _LONGEST_PATH and (root / item).is_file():

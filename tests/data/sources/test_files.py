@@ -157,9 +157,12 @@ def test_rows_beyond_the_limit_are_not_looked_at(tmp_path):
     (rows_of(1, answer=" "), r"\[0\]: no 'answer'"),
     (rows_of(1, answer=["a"]), r"\[0\]: the answer is \['a'\]; expected"),
     (rows_of(1, problem=None), r"\[0\]: 'problem' is None; expected text"),
+    (rows_of(1, problem=[]), r"\[0\]: 'problem' is \[\]; expected text or a"),
+    (rows_of(1, problem={"a": 1}), r"\[0\]: 'problem' is {'a': 1}; expect"),
     ([{"answer": "1"}], "no column 'problem'; there are answer"),
     ([{"problem": "p"}], "no column 'answer'"),
-    (rows_of(1, videos=["a.mp4"]), "has videos; only pictures"),
+    ([*rows_of(1), *rows_of(1, videos=["a.mp4"])], r"\[1\]: has videos; only"),
+    ([*rows_of(1), *rows_of(1, video="a.mp4")], r"\[1\]: has videos; only"),
     (["p"], r"\[0\]: is 'p'; expected an object"),
   ],
 )
@@ -167,6 +170,106 @@ def test_a_bad_set_is_one_clear_error(tmp_path, rows, message):
   write_json(tmp_path / "rows.json", rows)
   with pytest.raises(ValueError, match=message):
     source(path=str(tmp_path / "rows.json"))
+
+
+def test_videos_of_no_row_are_no_matter(tmp_path):
+  write_json(tmp_path / "rows.json", rows_of(2, videos=[], video=None))
+  assert len(source(path=str(tmp_path / "rows.json"))) == 2
+
+
+@pytest.mark.parametrize(
+  ("name", "kinds"),
+  [
+    ("rows.parquet", ("bytes", "{bytes}", "{path}", "path", "data url")),
+    ("rows.jsonl", ("{path}", "path", "base64", "data url")),
+  ],
+)
+def test_message_lists_hold_pictures_in_every_form(tmp_path, name, kinds):
+  (tmp_path / "pictures").mkdir()
+  (tmp_path / "pictures" / "a.png").write_bytes(png())
+  for kind in kinds:
+    picture = encoded()[kind]
+    if kind == "{path}":
+      picture = {"path": "pictures/a.png"}
+    turns = [
+      [
+        {"type": "image", "image": picture},
+        {"type": "text", "text": "one"},
+        {"type": "image"},
+      ],
+      [{"type": "text", "text": "Sure."}],
+      [{"type": "text", "text": "two"}, {"type": "image", "image": picture}],
+    ]
+    roles = ("user", "assistant", "user")
+    prompt = [
+      {"role": role, "content": turn}
+      for role, turn in zip(roles, turns, strict=True)
+    ]
+    row = {"prompt": prompt, "solution": "1", "image": "other.png"}
+    WRITERS[name](tmp_path / name, [row, row])
+    example = source(
+      path=str(tmp_path / name),
+      problem_key="prompt",
+      answer_key="solution",
+      images_key="image",
+    )[1]
+    assert [len(m["content"]) for m in example.messages] == [3, 1, 2]
+    assert example.messages[2]["content"] == [
+      {"type": "text", "text": "two"},
+      {"type": "image"},
+    ]
+    assert example.problem == "two<image>"
+    assert example.images[1] == str(tmp_path / "other.png")
+    for image in (example.images[0], example.images[2]):
+      np.testing.assert_array_equal(load_picture(image), PICTURE)
+
+
+def test_message_lists_of_text_take_the_rows_pictures(tmp_path, processor):
+  (tmp_path / "a.png").write_bytes(png())
+  rows = [
+    {"problem": [{"role": "user", "content": content}], "answer": "1"}
+    | {"images": [{"bytes": None, "path": "a.png"}]}
+    for content in ("what?", "<image>what?")
+  ]
+  write_parquet(tmp_path / "rows.parquet", rows)
+  plain, marked = source(path=str(tmp_path / "rows.parquet"))
+  assert plain.messages == marked.messages
+  assert plain.problem == "<image>what?"
+  assert processor.length(plain) == processor.length(marked)
+
+
+def test_a_message_list_that_cannot_be_is_named(tmp_path):
+  messages = [{"role": "user", "content": [{"type": "video"}]}]
+  write_json(tmp_path / "rows.json", rows_of(2, problem=messages))
+  rows = source(path=str(tmp_path / "rows.json"))
+  with pytest.raises(ValueError, match=r"rows\.json\[1\]: .* is 'video'; "):
+    rows[1]
+
+
+@pytest.mark.parametrize(
+  "picture", ["https://a.org/a.png", "HTTP://a.org/a.png", "s3://a/a.png"]
+)
+def test_remote_pictures_are_refused_wherever_they_stand(tmp_path, picture):
+  part = {"type": "image", "url": picture}
+  for row in (
+    rows_of(1, images=[picture]),
+    rows_of(1, images=[{"path": picture}]),
+    rows_of(1, problem=[{"role": "user", "content": [part]}]),
+  ):
+    write_json(tmp_path / "rows.json", row)
+    with pytest.raises(
+      ValueError, match=rf"rows\.json\[0\]: .* address {picture}; download"
+    ):
+      source(path=str(tmp_path / "rows.json"))[0]
+
+
+def test_addresses_of_local_files_are_paths(tmp_path):
+  (tmp_path / "a.png").write_bytes(png())
+  address = (tmp_path / "a.png").as_uri()
+  write_json(tmp_path / "rows.json", rows_of(1, images=[address]))
+  assert source(path=str(tmp_path / "rows.json"))[0].images == (
+    str(tmp_path / "a.png"),
+  )
 
 
 @pytest.mark.parametrize("picture", [3, "", {"bytes": None, "path": None}])
