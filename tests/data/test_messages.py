@@ -163,7 +163,7 @@ def test_markers_and_parts_are_one_prompt(processor):
 
 def test_parts_without_a_picture_take_the_rows_in_order():
   bare = {"type": "image"}
-  filled_by_parquet = {"type": "image", "text": None, "image": None}
+  filled_by_parquet = {"type": "image", "text": None, "image": None, "id": []}
   example = read(
     [
       user(bare, text("1"), image(C)),
@@ -257,6 +257,7 @@ def test_a_rows_system_turn_goes_before_the_configs(
     ([user({"text": "a"}, text("?"))], (), r"a part is \{'text': 'a'\}"),
     ([user({"type": "text"}, text("?"))], (), r"a part is \{'type': 'text'\}"),
     ([user("a", "b")], (), "a part is 'a'"),
+    ([user(text("a") | {"image": "a.png"})], (), "has 'image'.* type, text"),
     ([user(image(A) | {"max_pixels": 9}, text("?"))], (), "has 'max_pixels'"),
     (
       [user({"type": "image", "url": "a", "path": "b"}, text("?"))],
