@@ -26,8 +26,8 @@ QWEN3 = Qwen3VLVisionConfig(
   patch_size=16,
 )
 make_norm = {
-  "qwen2_5_vl": functools.partial(RMSNorm, eps=1e-6, dtype="float32"),
-  "qwen3_vl": functools.partial(LayerNorm, eps=1e-6, dtype="float32"),
+  "qwen2_5_vl": functools.partial(RMSNorm, eps=vision.EPS, dtype="float32"),
+  "qwen3_vl": functools.partial(LayerNorm, eps=vision.EPS, dtype="float32"),
 }
 
 
@@ -134,6 +134,14 @@ MERGERS = {
 def test_merger_equals_transformers(kind, x):
   ours, theirs = MERGERS[kind]()
   assert_close(ours(x[None])[0], theirs(torch.tensor(x)))
+
+
+@pytest.mark.parametrize("kind", MERGERS)
+def test_epsilon_is_that_of_transformers(kind, x):
+  """It shows where the variance is as small."""
+  ours, theirs = MERGERS[kind]()
+  small = np.float32(1e-3) * x
+  assert_close(ours(small[None])[0], theirs(torch.tensor(small)))
 
 
 @pytest.mark.parametrize("kind", MERGERS)
