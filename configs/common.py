@@ -32,6 +32,9 @@ def base(**overrides: object) -> ConfigDict:
       "limits": {
         "skipped_updates": 5,  # updates with a non-finite gradient, in a stage
         "failed_groups": 100,  # groups whose reward failed, in a stage
+        # Steps between checks that a question's completions are less or more
+        # likely with another's pictures; 0: never.
+        "blind_every": 50,
       },
       "checkpoint": {"every": 20, "keep_last": 2, "keep_best": 1},
       "log": {

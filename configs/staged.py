@@ -1,15 +1,20 @@
 """Staged GRPO: visual perception, then visual and textual reasoning.
 
   python -m jaxvlm.main --config=configs/staged.py          # the same as :tiny
-  python -m jaxvlm.main --config=configs/staged.py:files \
+  python -m jaxvlm.main --config=configs/staged.py:tiny_qwen3
+  python -m jaxvlm.main --config=configs/staged.py:qwen3_vl_8b \
     --config.model.checkpoint=DIR \
     --config.stages.visual_perception.data.files.path=perception.parquet \
     --config.stages.visual_reasoning.data.files.path=visual.parquet \
     --config.stages.textual_reasoning.data.files.path=textual.jsonl
 
-`files` trains a Qwen2.5-VL directory on your own rows with the paper's
-settings; --config.schedule="('visual_perception',)" runs one stage of it.
+A size (qwen2_5_vl_3b, 7b, 32b, 72b; qwen3_vl_2b, 4b, 8b, 32b) trains a Hugging
+Face directory on your own rows with the paper's settings, all devices sharing
+the weights; `files` is the same for a directory of any size on replicas.
+--config.schedule="('visual_perception',)" runs one stage of it.
 """
+
+import functools
 
 from ml_collections import ConfigDict
 
@@ -18,10 +23,31 @@ from configs import common
 CAPABILITIES = ("visual_perception", "visual_reasoning", "textual_reasoning")
 
 
+# Side in pixels of the square that a visual token sees, by family.
+PIXELS = {"qwen2_5_vl": 28, "qwen3_vl": 32}
+SIZES = (
+  *(f"qwen2_5_vl_{size}" for size in ("3b", "7b", "32b", "72b")),
+  *(f"qwen3_vl_{size}" for size in ("2b", "4b", "8b", "32b")),
+)
+
+
 def get_config(size: str = "tiny") -> ConfigDict:
-  if size not in ("tiny", "files"):
-    raise ValueError(f"staged: no size {size!r}; there are tiny, files.")
-  return {"tiny": tiny, "files": files}[size]()
+  configs = {"tiny": tiny, "tiny_qwen3": tiny_qwen3, "files": files}
+  configs |= {name: functools.partial(published, name) for name in SIZES}
+  if size not in configs:
+    raise ValueError(
+      f"staged: no size {size!r}; there are {', '.join(configs)}."
+    )
+  return configs[size]()
+
+
+def published(size: str) -> ConfigDict:
+  """Settings for a checkpoint of this size; its own config.json is what holds."""
+  config = files()
+  config.workdir = f"runs/staged_{size}"
+  config.inputs.max_pixels = 2048 * PIXELS[size.rpartition("_")[0]] ** 2
+  config.mesh.update({"data": 1, "fsdp": -1})
+  return config
 
 
 def files() -> ConfigDict:
@@ -67,6 +93,7 @@ def tiny() -> ConfigDict:
     workdir="runs/staged", schedule=("warm_start", *CAPABILITIES)
   )
   config.model.scratch = {
+    "model_type": "qwen2_5_vl",
     "text_config": {
       "hidden_size": 96,
       "num_hidden_layers": 3,
@@ -190,6 +217,31 @@ def tiny() -> ConfigDict:
     config.stages[stage].data[f"rehearse_{capability}"] = _world(
       capability, split="train", size=4096, seed=2, weight=weight
     )
+  return config
+
+
+def tiny_qwen3() -> ConfigDict:
+  """The Qwen3-VL twin of `tiny`: the same worlds, stages and budget."""
+  config = tiny()
+  config.workdir = "runs/staged_qwen3"
+  scratch = config.model.scratch
+  scratch.model_type = "qwen3_vl"
+  scratch.text_config.update(
+    {
+      "head_dim": 32,
+      "rope_scaling": {"type": "mrope", "mrope_section": (6, 5, 5)},
+    }
+  )
+  vision = scratch.vision_config
+  vision.update(
+    {
+      "patch_size": 16,  # the pictures are resized to 64 x 64 pixels
+      "num_position_embeddings": 16,
+      "deepstack_visual_indexes": (0,),
+    }
+  )
+  for field in ("window_size", "fullatt_block_indexes", "tokens_per_second"):
+    del vision[field]
   return config
 
 

@@ -217,10 +217,22 @@ class Books:
       return checkpoint.load_params(path, abstract_params(self._job))
 
   def check_limits(
-    self, stage: Stage, progress: Progress, experience: Experience
+    self,
+    stage: Stage,
+    progress: Progress,
+    metrics: Mapping[str, float],
+    experience: Experience,
   ) -> None:
     """Raises Stopped where too much went wrong, the batch dumped."""
     limits = self._job.config["limits"]
+    if metrics.get("picture_effect") == 0:
+      raise Stopped(
+        f"stage {stage.name}: the model is blind. Its completions are exactly "
+        "as likely when questions are shown each other's pictures "
+        "(picture_effect is 0). Look for vision weights that are zero or "
+        "missing, and at the prompts in samples.jsonl; "
+        "--config.limits.blind_every=0 goes on without this check."
+      )
     if progress.skipped_updates > limits["skipped_updates"]:
       file = self._job.workdir / f"not_finite_{progress.global_step}.npz"
       _dump(file, experience)

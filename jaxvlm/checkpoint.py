@@ -464,8 +464,12 @@ def _first_line(error: Exception) -> str:
 
 def _chunked(tree: Any) -> Any:
   """How arrays are stored: so that a layer of a stack can be read alone."""
-  arguments = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,))
-  return jax.tree.map(lambda _: arguments, tree)
+
+  def chunked(array: Any) -> ocp.SaveArgs:
+    axes = (0,) if array.ndim else ()
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
+
+  return jax.tree.map(chunked, tree)
 
 
 def _abstract(like: Any) -> Any:

@@ -258,7 +258,7 @@ def _checkpoint(
   if not model["scratch"]:
     raise ValueError(
       "model.checkpoint: got ''; expected a Hugging Face directory of a "
-      "Qwen2.5-VL model (config.json, *.safetensors, tokenizer)."
+      "Qwen-VL model (config.json, *.safetensors, tokenizer)."
     )
   directory = workdir / "scratch"
   # Before the run's config was found right, another may have made this.

@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint made on the spot, for runs without a download.
 
-True Qwen2.5-VL architecture, a word-level tokenizer with Qwen's special tokens
+True Qwen-VL architecture, a word-level tokenizer with Qwen's special tokens
 and chat template, and a vision tower that has seen some pictures of `worlds`:
 the counterpart of the pretrained tower that a published checkpoint brings.
 """
@@ -26,7 +26,7 @@ from jaxvlm.data.sources import worlds
 from jaxvlm.data.vision_layout import pack_vision
 from jaxvlm.learner import Optimizer
 from jaxvlm.models import Network
-from jaxvlm.models.qwen2_5_vl import Config
+from jaxvlm.models.config import Config
 from jaxvlm.types import Example, Params, Vision
 
 SPECIAL_TOKENS = (
@@ -67,6 +67,7 @@ def make_checkpoint(
   directory: pathlib.Path,
   *,
   seed: int,
+  model_type: str,
   text_config: Mapping[str, Any],
   vision_config: Mapping[str, Any],
   tower_steps: int,
@@ -79,6 +80,7 @@ def make_checkpoint(
   Args:
     directory: to be made.
     seed: of the weights and of the tower's pictures.
+    model_type: the family, by config.json's name.
     text_config: sizes of the decoder, by config.json's names.
     vision_config: sizes of the tower, likewise.
     tower_steps: updates of the tower before it is handed over; 0: none.
@@ -90,7 +92,7 @@ def make_checkpoint(
     source = pathlib.Path(aside)
     tokenizer = _write_tokenizer(source)
     network = Network(
-      config=_config(tokenizer, text_config, vision_config),
+      config=_config(tokenizer, model_type, text_config, vision_config),
       dtype="float32",
       param_dtype="float32",
       remat="none",
@@ -139,13 +141,14 @@ def _write_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer:
 
 def _config(
   tokenizer: tokenizers.Tokenizer,
+  model_type: str,
   text_config: Mapping[str, Any],
   vision_config: Mapping[str, Any],
 ) -> Config:
   identity = tokenizer.token_to_id
-  return Config.from_hf(
+  return models.find_family(model_type).Config.from_hf(
     {
-      "model_type": "qwen2_5_vl",
+      "model_type": model_type,
       "image_token_id": identity("<|image_pad|>"),
       "video_token_id": identity("<|video_pad|>"),
       "vision_start_token_id": identity("<|vision_start|>"),
@@ -186,14 +189,12 @@ def _write_settings(
     directory / "preprocessor_config.json",
     {
       "image_processor_type": "Qwen2VLImageProcessor",
-      "processor_class": "Qwen2_5_VLProcessor",
       "min_pixels": side**2,
       "max_pixels": 256 * side**2,
       "patch_size": tower.patch_size,
       "temporal_patch_size": tower.temporal_patch_size,
       "merge_size": tower.spatial_merge_size,
-      "image_mean": [0.48145466, 0.4578275, 0.40821073],
-      "image_std": [0.26862954, 0.26130258, 0.27577711],
+      **models.find_family(config.model_type).PROCESSOR,
     },
   )
 

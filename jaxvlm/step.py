@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxvlm import sharding
@@ -15,7 +16,7 @@ from jaxvlm.packing import pack, unbatch
 from jaxvlm.rl import advantages
 from jaxvlm.scoring import Scorer
 from jaxvlm.stages import Stage
-from jaxvlm.types import Experience, Params, Question, Rollout, Scores
+from jaxvlm.types import Experience, Params, Question, Rollout, Scores, Tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,16 +133,22 @@ def learn(
       job.mesh, unbatch(x, stage.microbatches), ("microbatch",)
     )
 
-  experiences = []
+  metrics: Metrics = {}
+  experiences: list[Experience] = []
   for rows in np.split(np.arange(len(batch.questions)), parts):
-    tree = pack(
+    local = pack(
       [batch.questions[q] for q in rows],
       batch.rollout.completion_ids[rows],
       mask[rows],
       microbatches=stage.microbatches,
       layout=job.processor.layout,
     )
-    tree = sharding.place(job.mesh, tree, ("microbatch",))
+    tree = sharding.place(job.mesh, local, ("microbatch",))
+    every = job.config["limits"]["blind_every"]
+    if not experiences and every and step % every == 0:
+      metrics = picture_effect(
+        job, learner, state.params, local, place(mask[rows])
+      )
     experiences.append(
       Experience(
         tree=tree,
@@ -157,13 +164,52 @@ def learn(
         ),
       )
     )
-  metrics: Metrics = {}
   for i, experience in enumerate(experiences):
     rate = stage.learning_rate_at(step * parts + i)
     state, pairs = learner.update(state, experience, rate)
     found = {n: (float(s), float(c)) for n, (s, c) in pairs.items()}
     metrics = add(metrics, found | {"learning_rate": (rate, 1.0)})
   return state, metrics, experience
+
+
+def picture_effect(
+  job: Job, learner: Learner, params: Params, tree: Tree, mask: jax.Array
+) -> Metrics:
+  """How much completions' logprobs change with another question's pictures.
+
+  A model that does not see still learns: the answers' form, and what is
+  frequent. Its pictures change nothing, and this is exactly 0.
+
+  Args:
+    job: the mesh.
+    learner: of the stage.
+    params: the policy.
+    tree: packed rows of this host [U Q/U ...].
+    mask: completion_mask, global [U Q/U G C].
+
+  Returns:
+    The mean absolute change of a token, over the questions whose pictures were
+    exchanged for others; nothing for text alone.
+  """
+  if tree.vision is None:
+    return {}
+  pixels = tree.vision.pixel_values
+  others = np.roll(pixels, 1, axis=1)
+  changed = (pixels != others).any(axis=(2, 3))  # [U S]
+  changed = np.repeat(changed, tree.ids.shape[1] // changed.shape[1], axis=1)
+  vision = dataclasses.replace(tree.vision, pixel_values=others)
+  trees = tree, dataclasses.replace(tree, vision=vision)
+  seen, shown_others, changed = sharding.place(
+    job.mesh, (*trees, changed), ("microbatch",)
+  )
+  change = jnp.abs(
+    learner.logprobs(params, seen) - learner.logprobs(params, shown_others)
+  )
+  counted = mask & changed[..., None, None]
+  count = float(jnp.sum(counted))
+  if not count:
+    return {}
+  return {"picture_effect": (float(jnp.sum(change * counted)), count)}
 
 
 def rollout_metrics(batch: Batch) -> Metrics:

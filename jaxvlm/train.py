@@ -93,8 +93,9 @@ def run(job: Job, display: Display) -> None:
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
           }
-          books.step(stage, progress, batch, means(metrics), timing)
-          books.check_limits(stage, progress, experience)
+          averages = means(metrics)
+          books.step(stage, progress, batch, averages, timing)
+          books.check_limits(stage, progress, averages, experience)
           if progress.step == stage.steps:
             break  # the end of a stage is written down below
           if evaluate_every and progress.step % evaluate_every == 0:

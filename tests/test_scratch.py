@@ -21,44 +21,73 @@ from jaxvlm import models, scratch
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.sources import worlds
 from jaxvlm.data.vision_layout import Layout, collate
-from jaxvlm.models.qwen2_5_vl import Config
 from jaxvlm.types import Example
 
+TEXT = {
+  "hidden_size": 32,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "intermediate_size": 48,
+  "rms_norm_eps": 1e-6,
+  "rope_theta": 10.0,
+  "max_position_embeddings": 128,
+  "initializer_range": 0.1,
+}
+VISION = {
+  "depth": 2,
+  "hidden_size": 32,
+  "num_heads": 4,
+  "intermediate_size": 48,
+  "temporal_patch_size": 2,
+  "spatial_merge_size": 2,
+  "initializer_range": 0.1,
+}
 SIZES = {
-  "text_config": {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10.0,
-    "rope_scaling": {"type": "mrope", "mrope_section": (2, 1, 1)},
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
+  "qwen2_5_vl": {
+    "text_config": TEXT
+    | {"rope_scaling": {"type": "mrope", "mrope_section": (2, 1, 1)}},
+    "vision_config": VISION
+    | {
+      "patch_size": 14,
+      "window_size": 28,
+      "fullatt_block_indexes": (1,),
+      "tokens_per_second": 2,
+    },
   },
-  "vision_config": {
-    "depth": 2,
-    "hidden_size": 32,
-    "num_heads": 4,
-    "intermediate_size": 48,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "window_size": 28,
-    "fullatt_block_indexes": (1,),
-    "tokens_per_second": 2,
-    "initializer_range": 0.1,
+  "qwen3_vl": {
+    "text_config": TEXT
+    | {
+      "head_dim": 12,
+      "rope_scaling": {"type": "mrope", "mrope_section": (2, 2, 2)},
+    },
+    "vision_config": VISION
+    | {
+      "patch_size": 16,
+      "num_position_embeddings": 9,
+      "deepstack_visual_indexes": (0,),
+    },
   },
 }
 TOWER = {"tower_steps": 2, "tower_images": 4, "tower_learning_rate": 1e-2}
 
 
+@pytest.fixture(scope="module", params=SIZES)
+def family(request):
+  return request.param
+
+
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
+def directory(family, tmp_path_factory):
   path = tmp_path_factory.mktemp("made") / "checkpoint"
-  scratch.make_checkpoint(path, seed=0, **SIZES, **TOWER)
+  make(path, family)
   return path
+
+
+def make(path, family):
+  scratch.make_checkpoint(
+    path, seed=0, model_type=family, **SIZES[family], **TOWER
+  )
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +129,9 @@ def questions(processor):
   return [processor.question(e, i) for i, e in enumerate(examples)]
 
 
-def test_transformers_reads_every_part_without_a_warning(directory, caplog):
+def test_transformers_reads_every_part_without_a_warning(
+  family, directory, caplog
+):
   logger = transformers.utils.logging.get_logger("transformers")
   logger.addHandler(caplog.handler)
   try:
@@ -111,7 +142,7 @@ def test_transformers_reads_every_part_without_a_warning(directory, caplog):
   finally:
     logger.removeHandler(caplog.handler)
   assert not caplog.records
-  assert config.model_type == "qwen2_5_vl"
+  assert config.model_type == family
   assert config.text_config.vocab_size == len(tokenizer)
   assert model.config.tie_word_embeddings
   assert model.generation_config.eos_token_id == [
@@ -187,11 +218,12 @@ def test_special_tokens_come_first_and_no_word_is_unknown(directory):
     assert tokenizer.decode(tokenizer.encode(word)) == word
 
 
-def test_the_config_reads_back(directory, network):
+def test_the_config_reads_back(family, directory, network):
   raw = json.loads((directory / "config.json").read_text())
-  assert Config.from_hf(raw) == network.config
-  assert raw["vision_config"]["fullatt_block_indexes"] == [1]
-  assert raw["text_config"]["rope_parameters"]["mrope_section"] == [2, 1, 1]
+  assert models.find_family(family).Config.from_hf(raw) == network.config
+  asked = SIZES[family]["text_config"]["rope_scaling"]["mrope_section"]
+  found = raw["text_config"]["rope_parameters"]["mrope_section"]
+  assert found == list(asked)
 
 
 def test_the_image_processor_cuts_what_we_cut(directory, processor):
@@ -208,8 +240,10 @@ def test_the_image_processor_cuts_what_we_cut(directory, processor):
   )
 
 
-def test_the_same_seed_makes_the_same_weights(directory, network, tmp_path):
-  scratch.make_checkpoint(tmp_path / "again", seed=0, **SIZES, **TOWER)
+def test_the_same_seed_makes_the_same_weights(
+  family, directory, network, tmp_path
+):
+  make(tmp_path / "again", family)
   one = models.load_params(network, directory)
   again = models.load_params(network, tmp_path / "again")
   jax.tree.map(np.testing.assert_array_equal, one, again)

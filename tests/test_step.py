@@ -16,6 +16,7 @@ from jaxvlm.types import Scores
 @pytest.fixture
 def job(mesh, layout):
   return types.SimpleNamespace(
+    config={"limits": {"blind_every": 0}},
     mesh=mesh,
     processor=types.SimpleNamespace(
       layout=layout, decode=lambda ids: "-".join(map(str, ids))
@@ -253,6 +254,65 @@ def test_failed_groups_are_masked_out(job, stage, learner, batch):
   expected = batch.rollout.completion_mask & ~FAILED[:, None, None]
   np.testing.assert_array_equal(masks, expected)
   np.testing.assert_array_equal(slots >= 0, expected)
+
+
+# -- blindness -----------------------------------------------------------------
+
+
+class Seeing(Learner):
+  """A token's logprob is how bright its question's pictures are."""
+
+  def logprobs(self, params, tree):
+    if tree.vision is None:
+      return jnp.zeros(tree.slots.shape)
+    light = tree.vision.pixel_values.sum((2, 3))[..., None, None]
+    return params * jnp.broadcast_to(light, tree.slots.shape)
+
+
+def test_the_effect_of_pictures_is_what_exchanging_them_changes(
+  job, stage, batch
+):
+  """Of each microbatch a question is shown the pictures of the one before."""
+  stage.updates_per_rollout = 1
+  job.config["limits"]["blind_every"] = 5
+  _, metrics, _ = learn(job, stage, Seeing(), batch)
+  light = np.array([q.pixel_values.sum() for q in batch.questions])
+  change = np.abs(light.reshape(2, 4) - np.roll(light.reshape(2, 4), 1, 1))
+  seen = [len(q.pixel_values) > 0 for q in batch.questions]
+  other = np.array(seen).reshape(2, 4)
+  other |= np.roll(other, 1, 1)
+  mask = batch.rollout.completion_mask & ~FAILED[:, None, None]
+  tokens = mask.sum((1, 2)).reshape(2, 4) * other
+  total, count = metrics["picture_effect"]
+  assert count == tokens.sum() > 0
+  assert total == pytest.approx(10 * (change * tokens).sum(), rel=1e-4)
+
+
+def test_a_blind_model_has_no_effect_of_pictures(job, stage, learner, batch):
+  job.config["limits"]["blind_every"] = 5
+  _, metrics, _ = learn(job, stage, learner, batch)
+  assert metrics["picture_effect"][0] == 0 < metrics["picture_effect"][1]
+
+
+@pytest.mark.parametrize(
+  ("every", "measured"), [(0, False), (2, False), (1, True)]
+)
+def test_the_effect_is_measured_at_the_steps_asked_for(
+  job, stage, batch, every, measured
+):
+  job.config["limits"]["blind_every"] = every
+  _, metrics, _ = learn(job, stage, Seeing(), batch)
+  assert ("picture_effect" in metrics) == measured
+
+
+def test_without_other_pictures_there_is_no_effect_to_measure(
+  job, stage, batch
+):
+  same = [batch.questions[0]] * len(batch.questions)
+  job.config["limits"]["blind_every"] = 1
+  alike = dataclasses.replace(batch, questions=same)
+  _, metrics, _ = learn(job, stage, Seeing(), alike)
+  assert "picture_effect" not in metrics
 
 
 # -- metrics and cost ----------------------------------------------------------

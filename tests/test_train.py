@@ -365,6 +365,29 @@ def test_updates_that_are_not_finite_are_skipped_until_there_are_too_many(
     assert batch["completion_mask"].shape == (2, 4, 4, 6)
 
 
+def test_a_model_that_does_not_see_is_stopped(
+  launch, undisturbed, project, tmp_path
+):
+  blind = shutil.copytree(project / "checkpoint", tmp_path / "blind")
+  file = blind / "model.safetensors"
+  weights = safetensors.numpy.load_file(file)
+  weights["visual.merger.mlp.2.weight"][:] = 0
+  safetensors.numpy.save_file(weights, file, metadata={"format": "pt"})
+  status, _, err = launch(
+    f"workdir={tmp_path / 'run'}", f"model.checkpoint={blind}"
+  ).wait()
+  assert status == 1
+  (line,) = err.strip().splitlines()
+  assert "the model is blind" in line and "picture_effect" in line
+
+  def effects(workdir):
+    metrics = [record["metrics"] for record in records(workdir)]
+    return [m["picture_effect"] for m in metrics if "picture_effect" in m]
+
+  assert effects(tmp_path / "run") == [0.0]
+  assert min(effects(undisturbed)) > 0
+
+
 def test_rows_that_are_too_long_are_dropped_and_counted(
   launch, undisturbed, project, tmp_path
 ):

@@ -27,6 +27,13 @@ RENAMED = {
 }
 HUB_NAMES = {"language_model.": "model."}
 
+# Of the published preprocessor_config.json, what is the family's own.
+PROCESSOR = {
+  "processor_class": "Qwen2_5_VLProcessor",
+  "image_mean": [0.48145466, 0.4578275, 0.40821073],
+  "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisionConfig(vision.VisionConfig):

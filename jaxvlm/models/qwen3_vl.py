@@ -19,6 +19,12 @@ from jaxvlm.nn.vision import Features
 from jaxvlm.sharding import constrain
 from jaxvlm.types import Vision
 
+# As in qwen2_5_vl.py.
+PROCESSOR = {
+  "processor_class": "Qwen3VLProcessor",
+  "image_mean": [0.5, 0.5, 0.5],
+  "image_std": [0.5, 0.5, 0.5],
+}
 RENAMED: dict[str, str] = {}
 HUB_NAMES = {
   "language_model.": "model.language_model.",
