@@ -163,7 +163,7 @@ def write_checkpoint(
   return directory
 
 
-def open_hf_processor(directory: pathlib.Path, family: str):
+def open_hf_processor(directory: pathlib.Path, family: str, tokenizer):
   """transformers' processor, its pictures by Pillow."""
 
   class WithoutVideo(FAMILIES[family].hf_processor):
@@ -176,7 +176,7 @@ def open_hf_processor(directory: pathlib.Path, family: str):
     image_processor=transformers.AutoImageProcessor.from_pretrained(
       directory, backend="pil"
     ),
-    tokenizer=transformers.AutoTokenizer.from_pretrained(directory),
+    tokenizer=tokenizer,
     chat_template=FAMILIES[family].template,
   )
 
@@ -234,4 +234,15 @@ def family_checkpoint(family, tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def hf_processor(family, family_checkpoint):
-  return open_hf_processor(family_checkpoint, family)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(family_checkpoint)
+  return open_hf_processor(family_checkpoint, family, tokenizer)
+
+
+@pytest.fixture(scope="session", name="write_checkpoint")
+def write_checkpoint_fixture():
+  return write_checkpoint
+
+
+@pytest.fixture(scope="session", name="open_hf_processor")
+def open_hf_processor_fixture():
+  return open_hf_processor
