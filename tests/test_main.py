@@ -112,8 +112,20 @@ def test_a_wrong_flag_is_one_line_that_says_what_there_is(refused, argv, told):
       [{"problem": "<image> a", "answer": "b", "images": ["none.png"]}],
       "none.png",
     ),
+    (
+      [
+        {
+          "problem": [{"role": "user", "content": [{"type": "video"}]}],
+          "answer": "b",
+        }
+      ],
+      "[1]: message 1: a part is 'video'",
+    ),
   ],
-  ids=["empty", "column", "answer", "markers", "unreadable", "missing"],
+  ids=[
+    *("empty", "column", "answer", "markers", "unreadable", "missing"),
+    "video",
+  ],
 )
 def test_a_wrong_row_is_one_line_that_names_it(refused, tmp_path, rows, told):
   file = tmp_path / "rows.jsonl"
