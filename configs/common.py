@@ -36,7 +36,12 @@ def base(**overrides: object) -> ConfigDict:
         # likely with another's pictures; 0: never.
         "blind_every": 50,
       },
-      "checkpoint": {"every": 20, "keep_last": 2, "keep_best": 1},
+      "checkpoint": {
+        "every": 20,
+        "keep_last": 2,
+        "keep_best": 1,
+        "export_stages": False,  # a HF directory after each stage, hf_STAGE
+      },
       "log": {
         "samples_every": 10,  # steps; 0: none
         "samples": 4,

@@ -216,6 +216,13 @@ class Books:
     with _files_read():
       return checkpoint.load_params(path, abstract_params(self._job))
 
+  def export(self, stage: Stage, params: Params) -> None:
+    """Writes what a stage hands over for transformers, where that is asked."""
+    job = self._job
+    if job.config["checkpoint"]["export_stages"]:
+      place = job.workdir / f"hf_{stage.name}"
+      models.save_hf(job.network, params, job.checkpoint, place)
+
   def check_limits(
     self,
     stage: Stage,

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -422,6 +423,13 @@ def write_config(
   aside = path.with_suffix(".tmp")
   aside.write_text(json.dumps(config, indent=2) + "\n")
   aside.rename(path)
+
+
+def print_unraisable(ignored: Any) -> None:
+  """A sys.unraisablehook without the noise of tensorstore's threads."""
+  # Of each write that fails after the first, they say this.
+  if str(ignored.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(ignored)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import sys
-from typing import Any
 
 # Without PyTorch, transformers says that it has no models; none is asked for.
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
@@ -30,7 +29,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     sys.exit(f"jaxvlm: unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
-  sys.unraisablehook = _print_unraisable
+  sys.unraisablehook = checkpoint.print_unraisable
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
   config = _CONFIG.value.to_dict()
@@ -56,12 +55,6 @@ def main(argv: list[str]) -> None:
       full = getattr(error, "errno", None) == errno.ENOSPC
       remedy = f" Make room in {workdir}, then run the same command again."
       sys.exit(f"jaxvlm: stopped: {error}" + (remedy if full else ""))
-
-
-def _print_unraisable(ignored: Any) -> None:
-  # Of each write that fails after the first, tensorstore's threads say this.
-  if str(ignored.exc_value) != "Event loop is closed":
-    sys.__unraisablehook__(ignored)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -105,6 +105,7 @@ def run(job: Job, display: Display) -> None:
 
       books.evaluate(stage.name, state.params, progress, stage)
       params = books.promoted(stage, state.params)
+      books.export(stage, params)
       progress.next_stage()
       if progress.stage < len(job.schedule):
         following = job.schedule[progress.stage]

@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import subprocess
+import sys
 import time
 import warnings
 
@@ -23,7 +24,7 @@ from jaxvlm.data.processor import Processor
 from jaxvlm.data.sources import files
 from jaxvlm.rollout.sampler import Draws, Sampler
 from jaxvlm.sharding import AXES
-from tests.runs import launch_fixture, project_fixture  # noqa: F401
+from tests.runs import ROOT, launch_fixture, project_fixture  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -363,6 +364,52 @@ def test_updates_that_are_not_finite_are_skipped_until_there_are_too_many(
   with np.load(tmp_path / "not_finite_3.npz") as batch:
     assert f"{tmp_path / 'not_finite_3.npz'}" in line
     assert batch["completion_mask"].shape == (2, 4, 4, 6)
+
+
+def convert(*arguments):
+  tool = [sys.executable, ROOT / "tools" / "convert_hf.py"]
+  done = subprocess.run(
+    [*tool, *arguments], capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stderr == ""
+
+
+def weights_in(directory):
+  return safetensors.numpy.load_file(directory / "model.safetensors")
+
+
+def test_a_run_goes_on_from_an_orbax_checkpoint_as_from_its_source(
+  launch, undisturbed, project, tmp_path
+):
+  convert("to-orbax", project / "checkpoint", tmp_path / "orbax")
+  status, _, err = launch(
+    f"workdir={tmp_path / 'run'}",
+    f"model.checkpoint={tmp_path / 'orbax'}",
+    "schedule=('warm',)",
+    "stages.warm.steps=1",
+    "stages.warm.metric=",
+    "evaluation.capabilities=()",
+    "checkpoint.export_stages=True",
+  ).wait()
+  assert (status, err) == (0, "")
+  (first,) = records(tmp_path / "run")
+  assert first in records(undisturbed)
+  # What it hands over after a stage, here the last.
+  stage, end = (weights_in(tmp_path / "run" / d) for d in ("hf_warm", "hf"))
+  assert stage.keys() == end.keys()
+  for name, tensor in end.items():
+    np.testing.assert_array_equal(stage[name], tensor)
+
+
+def test_a_runs_checkpoint_becomes_a_hugging_face_directory(
+  undisturbed, tmp_path
+):
+  convert("to-hf", last_checkpoint(undisturbed), tmp_path / "hf")
+  expected, got = (weights_in(d) for d in (undisturbed / "hf", tmp_path / "hf"))
+  assert got.keys() == expected.keys()
+  for name, tensor in expected.items():
+    np.testing.assert_array_equal(got[name], tensor)
 
 
 def test_a_model_that_does_not_see_is_stopped(

@@ -154,6 +154,7 @@ def check_equal(first: pathlib.Path, second: pathlib.Path) -> int:
   """
   left, right = _tensors(first), _tensors(second)
   table = Table("tensor", str(first), str(second), "largest difference")
+  table.columns[0].no_wrap = True  # names are there to be copied
   equal = 0
   total = sum(math.prod(tensor.shape) for tensor in left.values())
   with _bar("compare", total) as advance:
@@ -320,4 +321,5 @@ def _watched(directory: pathlib.Path, total: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+  sys.unraisablehook = checkpoint.print_unraisable
   main()
