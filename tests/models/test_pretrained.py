@@ -144,6 +144,36 @@ def test_weights_are_laid_out_by_their_axes(network, directory, params):
   assert kernel.addressable_shards[0].data.shape == (layers, 16, 2, head_dim)
 
 
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (8, 1, 1), (2, 2, 2)])
+def test_each_element_is_read_once_and_no_more_of_it_than_a_device_holds(
+  network, directory, monkeypatch, sizes
+):
+  """A process that holds a share of the devices reads that share."""
+  data, fsdp, tensor = sizes
+  mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+  read, parts = [], []
+  to_tree = hf_files.Weight.to_tree
+
+  def counted(weight, index, dtype, read_tensor):
+    def read_and_count(name, index):
+      tensor = read_tensor(name, index)
+      read.append(tensor.size)
+      return tensor
+
+    part = to_tree(weight, index, dtype, read_and_count)
+    parts.append(part.size)
+    return part
+
+  monkeypatch.setattr(hf_files.Weight, "to_tree", counted)
+  params = load_params(network, directory, mesh)
+  leaves = jax.tree.leaves(params)
+  assert sum(parts) == sum(leaf.size for leaf in leaves)
+  shards = {leaf.addressable_shards[0].data.size for leaf in leaves}
+  assert set(parts) == shards
+  # A convolution's tensor is read by rows.
+  assert sum(parts) <= sum(read) <= 1.2 * sum(parts)
+
+
 # -- export ------------------------------------------------------------------
 
 

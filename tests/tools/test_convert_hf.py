@@ -303,19 +303,3 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
   line = refused(tool, capsys, "to-orbax", source, tmp_path / "out")
   assert "cannot be written" in line
   assert [path.name for path in tmp_path.iterdir()] == ["orbax"]
-
-
-def test_a_device_holds_only_its_slices(source):
-  """No process reads more of a tensor than its devices need."""
-  network = models.load_network(
-    source, dtype="float32", param_dtype="float32", remat="none"
-  )
-  found, read = models.find_tensors(source), []
-  mesh = jax.sharding.Mesh(
-    np.array(jax.devices()).reshape(1, 8, 1), ("data", "fsdp", "tensor")
-  )
-  models.load_params(network, source, mesh, read.append)
-  assert len(read) == len(jax.tree.leaves(network.shapes()))
-  assert sum(read) == sum(
-    tensor.size for tensor in tensors(source).values()
-  ) and len(found) == len(tensors(source))
