@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -291,13 +292,17 @@ def save_params(path: str | os.PathLike[str], params: Any) -> None:
   """
   _hush()
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(
-        pathlib.Path(path).resolve(),
+    # Copies under way at once: no more than the largest array needs.
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+    gigabytes = math.ceil(largest / 1e9)
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes)
+    with ocp.Checkpointer(handler) as checkpointer:
+      args = ocp.args.PyTreeSave(
         params,
         save_args=_chunked(params),
-        force=True,
+        ocdbt_target_data_file_size=_CHUNK_BYTES,  # kept until it is full
       )
+      checkpointer.save(pathlib.Path(path).resolve(), args, force=True)
   except _FAILURES as error:
     raise OSError(
       f"{path}: cannot be written ({_first_line(error)}). Make room, then run "

@@ -151,13 +151,13 @@ def test_each_element_is_read_once_and_no_more_of_it_than_a_device_holds(
   """A process that holds a share of the devices reads that share."""
   data, fsdp, tensor = sizes
   mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
-  read, parts = [], []
+  elements, parts = [], []
   to_tree = hf_files.Weight.to_tree
 
-  def counted(weight, index, dtype, read_tensor):
+  def counted(weight, index, dtype, read):
     def read_and_count(name, index):
-      tensor = read_tensor(name, index)
-      read.append(tensor.size)
+      tensor = read(name, index)
+      elements.append(tensor.size)
       return tensor
 
     part = to_tree(weight, index, dtype, read_and_count)
@@ -171,7 +171,7 @@ def test_each_element_is_read_once_and_no_more_of_it_than_a_device_holds(
   shards = {leaf.addressable_shards[0].data.size for leaf in leaves}
   assert set(parts) == shards
   # A convolution's tensor is read by rows.
-  assert sum(parts) <= sum(read) <= 1.2 * sum(parts)
+  assert sum(parts) <= sum(elements) <= 1.2 * sum(parts)
 
 
 # -- export ------------------------------------------------------------------

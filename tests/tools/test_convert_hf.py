@@ -8,7 +8,6 @@ import shutil
 import signal
 import sys
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
