@@ -60,8 +60,8 @@ class Config(base.Config):
     super().__post_init__()
     tower, layers = self.vision_config, self.text_config.num_hidden_layers
     taps = tower.deepstack_visual_indexes
-    sorted_ = list(taps) == sorted(set(taps))
-    if not sorted_ or any(not 0 <= tap < tower.depth for tap in taps):
+    rising = list(taps) == sorted(set(taps))
+    if not rising or any(not 0 <= tap < tower.depth for tap in taps):
       raise ValueError(
         f"config: deepstack_visual_indexes are {taps}; expected rising numbers "
         f"of the {tower.depth} blocks."

@@ -5,7 +5,8 @@ import json
 import jax
 import pytest
 
-from jaxvlm.models import Network, qwen2_5_vl, qwen3_vl
+from configs import staged
+from jaxvlm.models import Network, find_size, qwen2_5_vl, qwen3_vl
 
 QWEN2_5_VL_3B = {
   "model_type": "qwen2_5_vl",
@@ -118,24 +119,48 @@ def test_a_nested_published_config_is_read():
 
 
 # transformers counts the same in a model on its meta device.
-@pytest.mark.parametrize(
-  ("family", "published", "count"),
-  [
-    (qwen2_5_vl, QWEN2_5_VL_3B, 3_754_622_976),
-    (qwen3_vl, QWEN3_VL_4B, 4_437_815_808),
-  ],
-)
-def test_the_published_size_has_the_published_number_of_parameters(
-  family, published, count
-):
+# Parameters of the published checkpoints.
+COUNTS = {
+  "qwen2_5_vl_3b": 3_754_622_976,
+  "qwen2_5_vl_7b": 8_292_166_656,
+  "qwen2_5_vl_32b": 33_452_718_336,
+  "qwen2_5_vl_72b": 73_410_777_344,
+  "qwen3_vl_2b": 2_127_532_032,
+  "qwen3_vl_4b": 4_437_815_808,
+  "qwen3_vl_8b": 8_767_123_696,
+  "qwen3_vl_32b": 33_357_390_064,
+}
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_a_size_by_name_has_the_published_number_of_parameters(size):
   network = Network(
-    config=family.Config.from_hf(published),
+    config=find_size(size),
     dtype="bfloat16",
     param_dtype="bfloat16",
     remat="full",
   )
-  leaves = jax.tree.leaves(network.shapes())
-  assert sum(leaf.size for leaf in leaves) == count
+  shapes = jax.tree.leaves(network.shapes())
+  assert sum(leaf.size for leaf in shapes) == COUNTS[size]
+
+
+def test_a_size_is_what_its_published_config_says():
+  read = qwen2_5_vl.Config.from_hf(QWEN2_5_VL_3B)
+  assert find_size("qwen2_5_vl_3b") == read
+  assert find_size("qwen3_vl_4b") == qwen3_vl.Config.from_hf(QWEN3_VL_4B)
+
+
+def test_an_unknown_size_is_refused_with_those_there_are():
+  with pytest.raises(ValueError, match=r"qwen3_vl_3b.*qwen3_vl_4b"):
+    find_size("qwen3_vl_3b")
+
+
+def test_every_size_is_an_argument_of_the_config():
+  assert set(staged.SIZES) == set(COUNTS)
+  for size in staged.SIZES:
+    config, patch = staged.get_config(size), find_size(size).vision_config
+    side = patch.patch_size * patch.spatial_merge_size
+    assert config.inputs.max_pixels == 2048 * side**2
 
 
 @pytest.mark.parametrize(
