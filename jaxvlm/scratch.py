@@ -26,7 +26,7 @@ from jaxvlm.data.sources import worlds
 from jaxvlm.data.vision_layout import pack_vision
 from jaxvlm.learner import Optimizer
 from jaxvlm.models import Network
-from jaxvlm.models.config import Config
+from jaxvlm.models.base import Config
 from jaxvlm.types import Example, Params, Vision
 
 SPECIAL_TOKENS = (

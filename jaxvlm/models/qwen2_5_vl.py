@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxvlm.models import config as base
+from jaxvlm.models import base
 from jaxvlm.nn import rope, vision
-from jaxvlm.nn.decoder import Decoder
-from jaxvlm.nn.layers import GatedMLP, Linear, RMSNorm, scan, stack
+from jaxvlm.nn.layers import GatedMLP, RMSNorm, scan, stack
 from jaxvlm.nn.vision import Features
 from jaxvlm.sharding import constrain
 from jaxvlm.types import Vision
@@ -199,30 +198,16 @@ class VisionTower(nnx.Module):
     return Features(tokens=self.merger(x), levels=None)
 
 
-class Model(nnx.Module):
+class Model(base.Model):
   """The whole tree of weights, with HF's names."""
 
-  def __init__(
-    self, config: Config, *, stacked: bool, dtype: Any, rngs: nnx.Rngs
-  ):
+  def __init__(self, config: Config, **how: Any):
     text = config.text_config
-    self.visual = VisionTower(config.vision_config, dtype=dtype, rngs=rngs)
-    self.language_model = Decoder(
-      text,
+    super().__init__(
+      config,
+      tower=VisionTower,
       axis_of=rope.chunked_axes(text.mrope_section),
       qkv_bias=True,
       qk_norm=False,
-      stacked=stacked,
-      dtype=dtype,
-      rngs=rngs,
+      **how,
     )
-    if not config.tie_word_embeddings:
-      self.lm_head = Linear(
-        (text.hidden_size,),
-        (text.vocab_size,),
-        axes=("embed", "vocab"),
-        use_bias=False,
-        std=text.initializer_range,
-        dtype=dtype,
-        rngs=rngs,
-      )

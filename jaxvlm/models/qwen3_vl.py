@@ -11,10 +11,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxvlm.models import config as base
+from jaxvlm.models import base
 from jaxvlm.nn import rope, vision
-from jaxvlm.nn.decoder import Decoder
-from jaxvlm.nn.layers import MLP, Embed, LayerNorm, Linear, scan, stack
+from jaxvlm.nn.layers import MLP, Embed, LayerNorm, scan, stack
 from jaxvlm.nn.vision import Features
 from jaxvlm.sharding import constrain
 from jaxvlm.types import Vision
@@ -256,30 +255,16 @@ def _merge_levels(
   return levels
 
 
-class Model(nnx.Module):
+class Model(base.Model):
   """The whole tree of weights, with HF's names."""
 
-  def __init__(
-    self, config: Config, *, stacked: bool, dtype: Any, rngs: nnx.Rngs
-  ):
+  def __init__(self, config: Config, **how: Any):
     text = config.text_config
-    self.visual = VisionTower(config.vision_config, dtype=dtype, rngs=rngs)
-    self.language_model = Decoder(
-      text,
+    super().__init__(
+      config,
+      tower=VisionTower,
       axis_of=rope.interleaved_axes(text.mrope_section, text.head_dim),
       qkv_bias=False,
       qk_norm=True,
-      stacked=stacked,
-      dtype=dtype,
-      rngs=rngs,
+      **how,
     )
-    if not config.tie_word_embeddings:
-      self.lm_head = Linear(
-        (text.hidden_size,),
-        (text.vocab_size,),
-        axes=("embed", "vocab"),
-        use_bias=False,
-        std=text.initializer_range,
-        dtype=dtype,
-        rngs=rngs,
-      )

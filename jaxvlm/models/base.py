@@ -1,10 +1,13 @@
-"""What config.json says of a model, common to all families."""
+"""What the families share: config.json, and the tree of weights."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self, TypeVar
 
-from jaxvlm.nn.decoder import TextConfig
+from flax import nnx
+
+from jaxvlm.nn.decoder import Decoder, TextConfig
+from jaxvlm.nn.layers import Linear
 from jaxvlm.nn.vision import VisionConfig
 
 T = TypeVar("T")
@@ -119,6 +122,56 @@ class Config:
     }
     head = {"architectures": [self.architecture], "model_type": self.model_type}
     return _lists(head | raw)
+
+
+class Model(nnx.Module):
+  """The whole tree of weights, with HF's names."""
+
+  def __init__(
+    self,
+    config: Config,
+    *,
+    tower: Callable[..., nnx.Module],
+    axis_of: tuple[int, ...],
+    qkv_bias: bool,
+    qk_norm: bool,
+    stacked: bool,
+    dtype: Any,
+    rngs: nnx.Rngs,
+  ):
+    """Draws the weights.
+
+    Args:
+      config: of the family.
+      tower: its class.
+      axis_of: as in Decoder.
+      qkv_bias: as in Decoder.
+      qk_norm: as in Decoder.
+      stacked: layers as one stack; False: a list, for decoding.
+      dtype: of the weights.
+      rngs: of flax.
+    """
+    text = config.text_config
+    self.visual = tower(config.vision_config, dtype=dtype, rngs=rngs)
+    self.language_model = Decoder(
+      text,
+      axis_of=axis_of,
+      qkv_bias=qkv_bias,
+      qk_norm=qk_norm,
+      stacked=stacked,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    if not config.tie_word_embeddings:
+      self.lm_head = Linear(
+        (text.hidden_size,),
+        (text.vocab_size,),
+        axes=("embed", "vocab"),
+        use_bias=False,
+        std=text.initializer_range,
+        dtype=dtype,
+        rngs=rngs,
+      )
 
 
 def check_whole(name: str, size: int, parts: int) -> None:
