@@ -162,7 +162,9 @@ class Evaluator:
     if not own:  # the last batch may be another host's alone
       return np.zeros((0, rollout.truncated.shape[1]))
     texts = decode_rollout(rollout, self._decode)[:own]
-    scores = held_out.scorer.score(texts, [q.example for q in questions[:own]])
+    lengths = np.asarray(rollout.completion_mask).sum(-1)[:own]
+    examples = [q.example for q in questions[:own]]
+    scores = held_out.scorer.score(texts, examples, lengths)
     return np.where(scores.failed[:, None], 0.0, scores.rewards)
 
 

@@ -3,9 +3,9 @@
 It computes rewards and imports no jax, so it starts at once and may be killed
 at any time. Over the connection FD it first gets the names of the rewards and
 the wall limit of one call, and says ("ready",) or ("broken", why). Then, for
-each (completions, row) it gets, it answers one call after another: ("value",
-reward) for each completion and, within it, each reward; or ("failed", why),
-which ends that group.
+each group it gets, as ([(completion, its tokens)], row), it answers one call
+after another: ("value", reward) for each completion and, within it, each
+reward; or ("failed", why), which ends that group.
 """
 
 import math
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from jaxvlm.find import find
+from jaxvlm.rewards import load
 
 
 def main(descriptor: int) -> None:
@@ -28,9 +28,9 @@ def main(descriptor: int) -> None:
     names, timeout = connection.recv()
     rewards = _load(connection, names)
     while rewards:
-      completions, row = _receive(connection)
+      answers, row = _receive(connection)
       example = types.SimpleNamespace(**row)
-      for completion in completions:
+      for completion, example.completion_tokens in answers:
         for reward in rewards:
           # If the trainer dies while a reward hangs, nobody is left to kill
           # this process; the kernel does, whoever holds the interpreter lock.
@@ -63,7 +63,7 @@ def _load(
   rewards = []
   for name in names:
     try:
-      rewards.append(find("rewards", name, "reward"))
+      rewards.append(load(name))
     except ValueError as error:
       connection.send(("broken", str(error)))
       return []

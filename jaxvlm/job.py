@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from jaxvlm import models, scratch, sharding
+from jaxvlm import models, rewards, scratch, sharding
 from jaxvlm.data import loader
 from jaxvlm.data.loader import Loader, Source
 from jaxvlm.data.processor import Processor
@@ -204,7 +204,7 @@ def _schedule(config: Mapping[str, Any]) -> tuple[Stage, ...]:
 
 def _check_reward(field: str, name: str) -> None:
   try:
-    find("rewards", name, "reward")
+    rewards.load(name)
   except ValueError as error:
     raise ValueError(f"{field}: {error}") from error
   except Exception as error:  # the user's code: anything

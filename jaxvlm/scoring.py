@@ -41,8 +41,8 @@ class Scorer:
     """Starts the workers and loads the rewards in each.
 
     Args:
-      rewards: pairs of a name and a weight; a name is a file of
-        jaxvlm/rewards, or a user's "file.py:function".
+      rewards: pairs of a name and a weight; a name is what `rewards.load`
+        takes.
       num_workers: processes.
       timeout: seconds that one reward may take for one completion.
 
@@ -74,19 +74,25 @@ class Scorer:
       raise
 
   def score(
-    self, completions: Sequence[Sequence[str]], examples: Sequence[Example]
+    self,
+    completions: Sequence[Sequence[str]],
+    examples: Sequence[Example],
+    lengths: np.ndarray | None = None,
   ) -> Scores:
     """Scores G completions of each of Q examples.
 
     Args:
       completions: [Q][G] texts.
       examples: the rows that were asked, [Q].
+      lengths: tokens of each completion, EOS included, int [Q G]; None: not
+        counted, and rewards that need them fail.
 
     Returns:
       The scores. Rewards and parts of a failed group are 0.
 
     Raises:
-      ValueError: the numbers of examples and groups differ, or groups do.
+      ValueError: the numbers of examples and groups differ, or groups do, or
+        lengths are of another shape.
     """
     sizes = {len(group) for group in completions}
     if len(completions) != len(examples) or len(sizes) > 1:
@@ -94,11 +100,15 @@ class Scorer:
         f"scoring: {len(examples)} examples and {len(completions)} groups of "
         f"{sorted(sizes)} completions; groups are of one size."
       )
-    values = np.zeros(
-      (len(examples), max(sizes, default=0), len(self._names)), np.float64
-    )
+    shape = len(examples), max(sizes, default=0)
+    if lengths is not None and lengths.shape != shape:
+      raise ValueError(
+        f"scoring: lengths of shape {lengths.shape} for completions {shape}."
+      )
+    values = np.zeros((*shape, len(self._names)), np.float64)
+    counts = np.full(shape, None) if lengths is None else lengths
     try:
-      failures = self._run(completions, examples, values)
+      failures = self._run(completions, examples, counts.tolist(), values)
     except BaseException:  # interrupted: nobody will hear what is under way
       self.close()
       raise
@@ -127,6 +137,7 @@ class Scorer:
     self,
     completions: Sequence[Sequence[str]],
     examples: Sequence[Example],
+    lengths: Sequence[Sequence[int | None]],
     values: np.ndarray,
   ) -> dict[int, str]:
     """Fills in values [Q G R]; returns what failed, by group."""
@@ -136,7 +147,8 @@ class Scorer:
       for worker in self._workers:
         if waiting and worker.idle:
           group = waiting[0]
-          if worker.give(group, completions[group], examples[group]):
+          answers = list(zip(completions[group], lengths[group], strict=True))
+          if worker.give(group, answers, examples[group]):
             waiting.popleft()
       until = min(worker.deadline for worker in self._workers)
       wait(
@@ -199,20 +211,23 @@ class _Worker:
       self.hear(np.zeros(0))
 
   def give(
-    self, group: int, completions: Sequence[str], example: Example
+    self,
+    group: int,
+    answers: Sequence[tuple[str, int | None]],
+    example: Example,
   ) -> bool:
-    """Sends a group to score; False: the process is gone."""
+    """Sends a group's (text, tokens) to score; False: the process is gone."""
     row = {
       field.name: getattr(example, field.name)
       for field in dataclasses.fields(example)
     }
     try:
-      self.connection.send((list(completions), row | {"images": ()}))
+      self.connection.send((answers, row | {"images": ()}))
     except (BrokenPipeError, ConnectionResetError):
       self._lose()
       return False
     self.group, self.place = group, 0
-    self._calls = len(completions) * len(self._rewards)
+    self._calls = len(answers) * len(self._rewards)
     self.deadline = time.monotonic() + self._timeout
     return True
 
@@ -267,5 +282,5 @@ def _absolute(name: str) -> str:
   """A user's file by its whole path: a worker may start elsewhere."""
   if ".py:" not in name:
     return name
-  path, _, function = name.rpartition(":")
-  return f"{pathlib.Path(path).expanduser().resolve()}:{function}"
+  path, _, function = name.partition(".py:")
+  return f"{pathlib.Path(path + '.py').expanduser().resolve()}:{function}"

@@ -74,7 +74,8 @@ def score(
       rewards=np.ones(shape), parts={}, failed=np.zeros(shape[0], bool)
     )
   texts = decode_rollout(rollout, job.processor.decode)
-  return scorer.score(texts, [q.example for q in questions])
+  lengths = np.asarray(rollout.completion_mask).sum(-1)
+  return scorer.score(texts, [q.example for q in questions], lengths)
 
 
 def advantages_of(

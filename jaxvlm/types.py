@@ -40,6 +40,12 @@ class Example:
   # A conversation as chat templates take it, its pictures in `images` and its
   # last turn also in `problem`; (): the problem is the only turn.
   messages: tuple[dict[str, Any], ...] = ()
+  # (height, width) of each picture in pixels, upright, and in the units in
+  # which the model says boxes; (): the pictures were not read yet.
+  picture_sizes: tuple[tuple[int, int], ...] = ()
+  box_sizes: tuple[tuple[int, int], ...] = ()
+  # Of the completion that a reward is given, EOS included; None: not counted.
+  completion_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,9 +54,11 @@ class Scorer:
 
   def __init__(self):
     self.examples = []
+    self.lengths = []
 
-  def score(self, completions, examples):
+  def score(self, completions, examples, lengths):
     self.examples += examples
+    self.lengths += lengths.tolist()
     right = [[text[0] == str(RIGHT) for text in group] for group in completions]
     failed = [
       any(text[0] == str(BROKEN) for text in group) for group in completions
@@ -132,6 +134,14 @@ def test_metrics_are_those_made_by_hand_whatever_the_batch(
   assert evaluator.run("policy") == pytest.approx(EXPECTED)
   assert {len(ids) for _, ids, _, _ in sampler.calls} == {batch}
   assert len(held_out.scorer.examples) == 2 * 5
+
+
+def test_rewards_are_told_how_many_tokens_each_completion_has(
+  held_out, sampler
+):
+  make_evaluator([held_out], sampler, batch_questions=8).run("policy")
+  one = [[1], [2], [3], [4], [5]]
+  assert held_out.scorer.lengths == one + [[n] * 3 for [n] in one]
 
 
 def test_each_batch_is_answered_greedily_and_by_draws(held_out, sampler):

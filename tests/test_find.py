@@ -11,7 +11,9 @@ def test_a_name_is_a_module_of_the_package():
 
 
 def test_an_unknown_name_lists_what_there_is():
-  with pytest.raises(ValueError, match=r"rewards: no 'exakt'.*exact, format"):
+  with pytest.raises(
+    ValueError, match=r"rewards: no 'exakt'. There are: .*exact, format"
+  ):
     find("rewards", "exakt", "reward")
 
 

@@ -20,6 +20,16 @@ import os, sys, time
 def length(completion, example):
   return len(completion)
 
+def share(completion, example, *, of):
+  return len(completion) / of
+
+def tokens(completion, example):
+  return example.completion_tokens
+
+def width(completion, example):
+  (size,) = example.box_sizes
+  return size[1] + example.picture_sizes[0][1] / 1000
+
 def jax_free(completion, example):
   return float("jax" not in sys.modules and example.images == ())
 
@@ -84,6 +94,29 @@ def test_rewards_are_the_weighted_sum_of_the_parts(file):
   assert scores.rewards.dtype == np.float64
   assert not scores.failed.any()
   assert scores.messages == ()
+
+
+def test_rewards_know_tokens_and_sizes(file):
+  names = (f"{file}:tokens", f"{file}:width")
+  examples = [
+    Example(
+      problem="?", answer="", picture_sizes=((9, w),), box_sizes=((8, w),)
+    )
+    for w in (10, 20)
+  ]
+  lengths = np.array([[3, 1], [4, 1]])
+  with Scorer(
+    rewards=tuple((name, 1.0) for name in names), num_workers=1, timeout=20.0
+  ) as scorer:
+    scores = scorer.score([["a", "b"], ["c", "d"]], examples, lengths)
+    np.testing.assert_array_equal(scores.parts[names[0]], lengths)
+    np.testing.assert_array_equal(
+      scores.parts[names[1]], [[10.01] * 2, [20.02] * 2]
+    )
+    uncounted = scorer.score([["a", "b"]], examples[:1])
+    assert uncounted.failed.all()
+    with pytest.raises(ValueError, match=r"shape \(2, 2\) .* \(1, 2\)"):
+      scorer.score([["a", "b"]], examples[:1], lengths)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +188,7 @@ def test_large_groups_pass(file):
 
 def test_a_file_is_found_from_where_the_scorer_was_made(file, monkeypatch):
   monkeypatch.chdir(file.parent)
-  rewards = (("mine.py:length", 1.0),)
+  rewards = (("mine.py:length", 1.0), ("mine.py:share(of=6)", 2.0))
   with Scorer(rewards=rewards, num_workers=1, timeout=20.0) as scorer:
     monkeypatch.chdir("/")
     pid = scorer._workers[0]._process.pid
@@ -163,16 +196,20 @@ def test_a_file_is_found_from_where_the_scorer_was_made(file, monkeypatch):
     assert gone_within(pid, 10)
     scores = scorer.score([["abc"]], rows(1))
   assert scores.parts["mine.py:length"] == [[3.0]]
+  assert scores.parts["mine.py:share(of=6)"] == [[0.5]]
+  assert scores.rewards == [[4.0]]
 
 
 @pytest.mark.parametrize(
   ("names", "why"),
   [
-    (("exact", "typo"), "no 'typo'. There are: exact, format, math"),
+    (("exact", "typo"), "no 'typo'. There are: .*exact, format, "),
     (("{dir}/absent.py:score",), "no such file"),
     (("{dir}/mine.py:absent",), "has no function 'absent'"),
     (("{dir}/broken.py:score",), "ZeroDivisionError.*broken.py:1"),
     (("exact", "exact"), "name each once"),
+    (("{dir}/mine.py:share",), "missing a required.*'of'"),
+    (("{dir}/mine.py:share(off=1)",), "required.*'of'|unexpected.*'off'"),
     ((), "name each once"),
   ],
 )

@@ -140,7 +140,10 @@ def test_written_responses_become_a_rollout_of_one_completion(questions):
 def test_completions_are_scored_as_text_beside_their_examples(
   job, questions, completions, scores
 ):
-  def score(texts, examples):
+  def score(texts, examples, lengths):
+    np.testing.assert_array_equal(
+      lengths, 1 + (np.arange(8)[:, None] + np.arange(3)) % 4
+    )
     assert examples == [q.example for q in questions]
     assert texts[0][1] == "-".join(
       str(i) for i in completions.completion_ids[0, 1][:2]

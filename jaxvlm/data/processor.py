@@ -158,14 +158,16 @@ class Processor:
       ValueError: the row cannot be prepared; names it and says why.
     """
     ids = self._encode(example)
-    patches, grids = [], []
+    patches, grids, sizes = [], [], []
     for i, picture in enumerate(example.images):
       try:
-        rows, grid = make_patches(load_picture(picture), self.pictures)
+        pixels = load_picture(picture)
+        rows, grid = make_patches(pixels, self.pictures)
       except ValueError as error:
         raise _picture_error(example, i, error) from error
       patches.append(rows)
       grids.append(grid)
+      sizes.append(pixels.shape[:2])
     repeats = np.ones(len(ids), np.int64)
     repeats[ids == self.layout.image_token_id] = [
       grid.prod() // self.layout.patches_per_token for grid in grids
@@ -178,7 +180,11 @@ class Processor:
       response_ids = np.array(self._response_ids(example.response), np.int32)
     return Question(
       question_id=question_id,
-      example=example,
+      example=dataclasses.replace(
+        example,
+        picture_sizes=tuple((int(h), int(w)) for h, w in sizes),
+        box_sizes=tuple(self._box_size(grid) for grid in grids),
+      ),
       prompt_ids=ids,
       position_ids=mrope_positions(ids, grid_thw, self.layout),
       pixel_values=np.concatenate(patches) if patches else empty,
@@ -213,6 +219,12 @@ class Processor:
     banned[list(known.values())] = False
     banned[[known[token] for token in _VISION_TOKENS if token in known]] = True
     return banned
+
+  def _box_size(self, grid: Int[np.ndarray, " 3"]) -> tuple[int, int]:
+    if (side := self.layout.box_side) is not None:
+      return side, side
+    rows, columns = (int(n) for n in grid[1:])
+    return rows * self.layout.patch_size, columns * self.layout.patch_size
 
   def _messages(self, example: Example) -> list[Message]:
     messages, what = list(example.messages), "image parts in the messages"

@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from jaxvlm.rewards import final_answer
+from jaxvlm.rewards import final_answer, unwrapped
 
 if TYPE_CHECKING:  # jaxvlm.types imports jax, and a worker must not
   from jaxvlm.types import Example
 
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|textrm)\s*\{([^{}]*)\}")
 _OPTION = re.compile(
   r"""(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)
       (?:\s+is)?\s*:?\s*)?
@@ -32,7 +31,7 @@ _ANOTHER = re.compile(
 
 def letter(text: str) -> str | None:
   """The one option that a text names, in upper case; None: none or several."""
-  text = _WRAPPED.sub(r"\1", text)
+  text = unwrapped(text)
   text = text.replace("$", "").replace("*", "").strip()
   option = _OPTION.fullmatch(text)
   if option is None:

@@ -10,7 +10,16 @@ if TYPE_CHECKING:  # jaxvlm.types imports jax, and a worker must not
   from jaxvlm.types import Example
 
 
-def reward(completion: str, example: Example) -> float:
-  r"""1 if it is <think>...</think>, then one \boxed{} or <answer>, else 0."""
-  thinks = completion.lstrip().startswith("<think>")
-  return any_format.reward(completion, example) if thinks else 0.0
+def reward(
+  completion: str, example: Example, *, text_after: bool = True
+) -> float:
+  r"""1 if it is <think>...</think>, then one \boxed{} or <answer>, else 0.
+
+  Args:
+    completion: text.
+    example: does not matter.
+    text_after: as format.py has it.
+  """
+  if not completion.lstrip().startswith("<think>"):
+    return 0.0
+  return any_format.reward(completion, example, text_after=text_after)

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 
 from jaxvlm.data import loader, vision_layout
+from jaxvlm.data.pictures import smart_resize
 from jaxvlm.types import Example
 
 
@@ -81,10 +82,32 @@ def test_prompts_equal_transformers(
   else:
     assert question.pixel_values.shape == (0, processor.pictures.patch_width)
     assert question.image_grid_thw.shape == (0, 3)
+  assert question.example.picture_sizes == tuple(sizes)
   assert processor.length(question.example) == len(question.prompt_ids)
   assert question.position_ids.shape == (3, len(question.prompt_ids))
   assert question.question_id == 7
   assert question.response_ids is None
+
+
+def test_boxes_are_said_in_pixels_after_the_resize_or_in_thousandths(
+  family, family_checkpoint, make_processor
+):
+  processor = make_processor(family_checkpoint)
+  sizes = [(97, 61), (640, 64)]
+  pictures = tuple(noise(*size) for size in sizes)
+  row = make_example("<image><image>?", images=pictures)
+  question = processor.question(row, 0)
+  assert question.example.picture_sizes == ((97, 61), (640, 64))
+  resized = [smart_resize(*size, processor.pictures) for size in sizes]
+  assert resized != sizes
+  assert (
+    question.example.box_sizes
+    == {
+      "qwen2_5_vl": tuple(resized),
+      "qwen3_vl": ((1000, 1000),) * 2,
+    }[family]
+  )
+  assert (row.picture_sizes, row.box_sizes) == ((), ())
 
 
 def test_a_batch_mixes_text_with_one_and_several_pictures(

@@ -58,5 +58,23 @@ def test_broken_forms_score_nothing(completion):
   assert think_format.reward(completion, ROW) == 0.0
 
 
+@pytest.mark.parametrize(
+  ("completion", "whole"),
+  [
+    (r"<think>a</think> So \boxed{3}", 1.0),
+    ("<think>a</think> $\\boxed{3}$.\n", 1.0),
+    (r"<think>a</think> \(\boxed{3}\)", 1.0),
+    ("<think>a</think> <answer>3</answer>", 1.0),
+    (r"<think>a</think> \boxed{3} apples", 0.0),
+    (r"<think>a</think> \boxed{3}. Or so.", 0.0),
+    (r"<think>a</think> \boxed{3}}", 0.0),
+  ],
+)
+def test_text_after_a_box_counts_where_the_config_says_so(completion, whole):
+  for module in (any_format, think_format):
+    assert module.reward(completion, ROW) == 1.0
+    assert module.reward(completion, ROW, text_after=False) == whole
+
+
 def test_a_wrong_answer_may_have_the_right_form():
   assert any_format.reward("<answer>4</answer>", ROW) == 1.0
