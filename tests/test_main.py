@@ -64,7 +64,7 @@ def refused(launch, tmp_path):
     ),
     (
       ["stages.perceive.rewards=(('grades',1.0),)"],
-      "stages.perceive.rewards: rewards: no 'grades'. There are: exact, ",
+      "stages.perceive.rewards: rewards: no 'grades'. There are: box_iou, count, exact, ",
     ),
     (
       ["stages.perceive.rewards=(('none/mine.py:score',1.0),)"],

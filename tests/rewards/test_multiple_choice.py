@@ -41,6 +41,7 @@ def test_one_option_is_read(text):
   [
     "",
     "A or B",
+    "A or B or C",
     "A and B",
     "A, B",
     "A/B",
