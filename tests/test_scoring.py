@@ -270,3 +270,30 @@ def test_workers_die_with_the_trainer(file, kind, tmp_path):
     assert alive(pid)
     trainer.kill()
   assert gone_within(pid, 20)
+
+
+def test_a_hang_of_the_real_grader_costs_the_wall_limit_and_its_group_alone():
+  hangs = [r"\Gamma(30000000)", r"2^{(99\cdot 99\cdot 999\cdot 99)}"]
+  answers = [*hangs, "30000000!", "9^{9^{9}}", r"\frac{2}{4}", "0.3"]
+  completions = [[rf"\boxed{{{answer}}}"] for answer in answers]
+  examples = [
+    Example(problem="?", answer="1/2", name=f"set.jsonl:{i}")
+    for i in range(len(answers))
+  ]
+  with Scorer(rewards=(("math", 1.0),), num_workers=2, timeout=2.5) as scorer:
+    before = {worker._process.pid for worker in scorer._workers}
+    start = time.monotonic()
+    scores = scorer.score(completions, examples)
+    assert time.monotonic() - start < 2.5 + 15.0  # a worker starts in between
+    np.testing.assert_array_equal(scores.failed, [True] * 2 + [False] * 4)
+    np.testing.assert_array_equal(scores.rewards[:, 0], [0, 0, 0, 0, 1, 0])
+    for i, message in enumerate(scores.messages):
+      assert message.startswith(
+        f"reward 'math' hung for more than 2.5 s on row set.jsonl:{i}, "
+      )
+    assert len(scores.messages) == 2
+    again = scorer.score(completions[4:], examples[4:])
+    assert not again.failed.any()
+    after = {worker._process.pid for worker in scorer._workers}
+  assert not before & after
+  assert not any(alive(pid) for pid in before | after)

@@ -63,8 +63,16 @@ def test_other_answers_are_wrong(answer, gold):
   assert grade(answer, gold) == 0.0
 
 
+def test_the_rows_answer_goes_first():
+  """An interval answers an inequality; an inequality is no open interval."""
+  assert grade("(1,2)", "1<x<2") == 1.0
+  assert grade("1<x<2", "(1,2)") == 0.0
+
+
 def test_no_answer_is_not_the_answer_none():
-  assert reward("no box here", Example(problem="?", answer="None")) == 0.0
+  for gold in ("None", "none"):
+    assert reward("no box here", Example(problem="?", answer=gold)) == 0.0
+    assert reward("<think>a</think>", Example(problem="?", answer=gold)) == 0.0
 
 
 def test_the_answer_tag_serves_as_well_as_the_box():
@@ -102,3 +110,39 @@ def test_costly_answers_score_nothing_at_once(answer):
 
 def test_a_costly_answer_is_right_letter_by_letter():
   assert grade("2^{100000}", "2^{100000}") == 1.0
+
+
+@pytest.mark.parametrize("answer", [r"\frac{2}{14}", "0.5", r"\frac{3}{7}"])
+def test_an_answer_earns_the_same_each_time(answer):
+  first = grade(answer, "1/7"), grade(answer, "3/7"), grade(answer, "1/2")
+  assert sum(first) == 1.0
+  again = grade(answer, "1/7"), grade(answer, "3/7"), grade(answer, "1/2")
+  assert again == first
+
+
+@pytest.mark.parametrize(
+  ("answer", "gold", "expected"),
+  [
+    ("0.3333333", "1/3", 1.0),  # math-verify compares to six decimals
+    ("0.33333", "1/3", 0.0),
+    (r"50\%", "0.5", 1.0),
+    (r"\infty", r"\infty", 1.0),
+    (r"\infty", "5", 0.0),
+    ("12345678901234567890", "12345678901234567891", 0.0),
+    ("+7", "7", 1.0),
+    ("-0", "0", 1.0),
+  ],
+)
+def test_numbers_are_compared_as_math_verify_does(answer, gold, expected):
+  assert grade(answer, gold) == expected
+
+
+def test_numbers_that_are_far_apart_are_not_simplified(monkeypatch):
+  monkeypatch.delattr("math_verify.verify")
+  assert grade(r"47\sqrt{2}", r"31\sqrt{3}") == 0.0
+  assert grade("47x-1", "31x+1") == 0.0
+  assert grade("47x", "47y") == 0.0
+  assert grade("46", "47") == 0.0
+  assert grade("47", "047") == 1.0
+  with pytest.raises(AttributeError):
+    grade("48.0", "48")
