@@ -81,9 +81,9 @@ def _equal(gold: str, answer: str) -> bool:
     raise ValueError(f"the row's answer {gold!r} cannot be parsed")
   parsed = _parsed(answer)
   # It compares numbers to six decimals, then simplifies what differs, which
-  # takes ten times as long; what differs at one point is not equal, unless a
-  # percent sign makes it so.
-  if "%" not in gold + answer and _far(_number(parsed_gold), _number(parsed)):
+  # takes ten times as long; what differs at one point is not equal. (What has
+  # a percent sign is parsed as no number, and is compared in full.)
+  if _far(_number(parsed_gold), _number(parsed)):
     return False
   # The order matters: gold first.
   return math_verify.verify(parsed_gold, parsed, timeout_seconds=None)
