@@ -131,7 +131,10 @@ def prepare(
   )
   inputs = dict(config["inputs"])
   longest = inputs.pop("max_prompt_length")
-  processor = Processor.from_directory(checkpoint, **inputs)
+  processor = dataclasses.replace(
+    Processor.from_directory(checkpoint, **inputs),
+    box_side=models.find_family(network.config.model_type).BOX_SIDE,
+  )
 
   open_source = _Opener(processor, longest, display)
   sources = {

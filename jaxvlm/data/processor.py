@@ -53,6 +53,9 @@ class Processor:
   system_prompt: str | None  # of rows without one; None: the template's own
   eos_ids: tuple[int, ...]  # any of them ends a completion
   pad_id: int
+  # Boxes are said in this many parts of a picture's sides, whatever its size;
+  # None: in pixels of the picture as it is resized.
+  box_side: int | None = None
 
   @classmethod
   def from_directory(
@@ -221,8 +224,8 @@ class Processor:
     return banned
 
   def _box_size(self, grid: Int[np.ndarray, " 3"]) -> tuple[int, int]:
-    if (side := self.layout.box_side) is not None:
-      return side, side
+    if self.box_side is not None:
+      return self.box_side, self.box_side
     rows, columns = (int(n) for n in grid[1:])
     return rows * self.layout.patch_size, columns * self.layout.patch_size
 

@@ -16,8 +16,6 @@ from jaxtyping import Float, Int
 
 from jaxvlm.types import Prompts, Question, Vision
 
-_BOX_SIDES = {"qwen3_vl": 1000}  # by config.json's model_type
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
@@ -28,17 +26,10 @@ class Layout:
   patch_size: int  # pixels
   window_size: int | None  # pixels, side of an attention window; None: none
   places: int | None  # a side of the table of learned positions; None: none
-  # Boxes are said in this many parts of a picture's sides, whatever its size;
-  # None: in pixels of the picture as it is resized.
-  box_side: int | None
 
   @classmethod
   def from_config(cls, config: Mapping[str, Any]) -> Self:
-    """Reads a parsed config.json; what is absent has HF's class default.
-
-    How a family says boxes is not in config.json: Qwen2.5-VL was trained on
-    pixels after the resize, Qwen3-VL on thousandths of the sides.
-    """
+    """Reads a parsed config.json; what is absent has HF's class default."""
     vision = config.get("vision_config", {})
     places = vision.get("num_position_embeddings")
     return cls(
@@ -47,7 +38,6 @@ class Layout:
       patch_size=vision.get("patch_size", 14),
       window_size=vision.get("window_size"),
       places=math.isqrt(places) if places else None,
-      box_side=_BOX_SIDES.get(config.get("model_type", "")),
     )
 
   @property

@@ -26,6 +26,9 @@ RENAMED = {
 }
 HUB_NAMES = {"language_model.": "model."}
 
+# Parts of a picture's sides in which boxes are said; None: pixels as resized.
+BOX_SIDE = None
+
 # Of the published preprocessor_config.json, what is the family's own.
 PROCESSOR = {
   "processor_class": "Qwen2_5_VLProcessor",

@@ -19,6 +19,7 @@ from jaxvlm.sharding import constrain
 from jaxvlm.types import Vision
 
 # As in qwen2_5_vl.py.
+BOX_SIDE = 1000
 PROCESSOR = {
   "processor_class": "Qwen3VLProcessor",
   "image_mean": [0.5, 0.5, 0.5],

@@ -1,5 +1,6 @@
 """Prompts equal those of transformers' processor; bad rows are named."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from jaxvlm.data import loader, vision_layout
 from jaxvlm.data.pictures import smart_resize
+from jaxvlm.models import find_family
 from jaxvlm.types import Example
 
 
@@ -92,7 +94,9 @@ def test_prompts_equal_transformers(
 def test_boxes_are_said_in_pixels_after_the_resize_or_in_thousandths(
   family, family_checkpoint, make_processor
 ):
-  processor = make_processor(family_checkpoint)
+  processor = dataclasses.replace(
+    make_processor(family_checkpoint), box_side=find_family(family).BOX_SIDE
+  )
   sizes = [(97, 61), (640, 64)]
   pictures = tuple(noise(*size) for size in sizes)
   row = make_example("<image><image>?", images=pictures)

@@ -57,7 +57,6 @@ def test_layout_reads_the_checkpoints_numbers():
     patch_size=16,
     window_size=96,
     places=None,
-    box_side=None,
   )
   vision = {"patch_size": 16, "num_position_embeddings": 2304}
   layout = vision_layout.Layout.from_config({"vision_config": vision})
