@@ -160,7 +160,7 @@ def prepare(
         reward=entry["reward"],
       )
     )
-  return Job(
+  job = Job(
     config=config,
     workdir=workdir,
     checkpoint=checkpoint,
@@ -173,6 +173,13 @@ def prepare(
     held_out=held_out,
     dropped=open_source.dropped,
   )
+  for stage in schedule:
+    try:
+      job.make_learner(stage)
+      stage.make_optimizer().make({})
+    except ValueError as error:
+      raise ValueError(f"stages.{stage.name}: {error}") from error
+  return job
 
 
 def _schedule(config: Mapping[str, Any]) -> tuple[Stage, ...]:

@@ -78,6 +78,14 @@ def refused(launch, tmp_path):
       ["evaluation.every=0"],
       "stages.perceive.promote: best needs evaluation.every > 0",
     ),
+    (
+      ["stages.perceive.freeze=('tower',)"],
+      "stages.perceive: freeze: got ('tower',); name some of",
+    ),
+    (
+      ["stages.perceive.optimizer.name=sgd"],
+      "stages.perceive: optimizer: got 'sgd'; there are adamw, muon.",
+    ),
     (["model.checkpoint="], "model.checkpoint: got ''; expected a Hugging"),
     (["model.checkpoint=/no/model"], "/no/model"),
     (["model.dtype=float"], "model.dtype: got 'float'; expected float32 or"),
