@@ -79,12 +79,12 @@ def refused(launch, tmp_path):
       "stages.perceive.promote: best needs evaluation.every > 0",
     ),
     (
-      ["stages.perceive.freeze=('tower',)"],
-      "stages.perceive: freeze: got ('tower',); name some of",
+      ["stages.warm.freeze=('tower',)"],
+      "stages.warm: freeze: got ('tower',); name some of",
     ),
     (
-      ["stages.perceive.optimizer.name=sgd"],
-      "stages.perceive: optimizer: got 'sgd'; there are adamw, muon.",
+      ["stages.warm.optimizer.name=sgd"],
+      "stages.warm: optimizer: got 'sgd'; there are adamw, muon.",
     ),
     (["model.checkpoint="], "model.checkpoint: got ''; expected a Hugging"),
     (["model.checkpoint=/no/model"], "/no/model"),
