@@ -3,15 +3,17 @@
 import collections
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Key
 
 from jaxvlm import sharding
 from jaxvlm.rollout.sampler import Draws, Sampler
 from jaxvlm.scoring import Scorer
-from jaxvlm.types import Example, Params, Question, Rollout
+from jaxvlm.types import Example, Params, Question, Rollout, Scores
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,77 @@ class HeldOut:
   capability: str
   questions: Sequence[Question]
   scorer: Scorer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+  """A batch of questions, and how they are answered."""
+
+  questions: Sequence[Question]  # of this host
+  own: int  # so many at the front count; the others fill the batch up
+  key: Key[Array, ""]
+  draws: Draws
+
+
+class Answered(NamedTuple):
+  """What came of a batch: the questions that count."""
+
+  asked: Asked
+  rollout: Rollout  # [own ...], on the host
+  texts: list[list[str]]  # [own][G]
+  scores: Scores | None  # None: nothing scores them
+
+
+def answer(
+  batches: Iterable[Asked],
+  *,
+  sampler: Sampler,
+  weights: Params,
+  decode: Callable[[np.ndarray], str],
+  scorer: Scorer | None,
+) -> Iterator[Answered]:
+  """Samples and scores batches, in their order.
+
+  The device samples a batch while the host scores the one before it and
+  prepares the one after it.
+
+  Args:
+    batches: taken one ahead of what is given.
+    sampler: of the network.
+    weights: of `Sampler.weights`.
+    decode: text of a completion's ids.
+    scorer: None: completions are not scored.
+  """
+  under_way = None
+  for asked in batches:
+    rollout = sampler.start(
+      weights, asked.questions, key=asked.key, draws=asked.draws
+    )
+    if under_way is not None:
+      yield _score(*under_way, decode, scorer)
+    under_way = asked, rollout
+  if under_way is not None:
+    yield _score(*under_way, decode, scorer)
+
+
+def _score(
+  asked: Asked,
+  rollout: Callable[[], Rollout],
+  decode: Callable[[np.ndarray], str],
+  scorer: Scorer | None,
+) -> Answered:
+  own = jax.tree.map(lambda x: x[: asked.own], rollout())
+  texts = decode_rollout(own, decode)
+  if scorer is None:
+    return Answered(asked, own, texts, None)
+  if not asked.own:  # the last batch may be another host's alone
+    none = np.zeros((0, asked.draws.num_completions))
+    scores = Scores(rewards=none, parts={}, failed=np.zeros(0, bool))
+    return Answered(asked, own, texts, scores)
+  examples = [q.example for q in asked.questions[: asked.own]]
+  lengths = np.asarray(own.completion_mask).sum(-1)
+  scores = scorer.score(texts, examples, lengths)
+  return Answered(asked, own, texts, scores)
 
 
 def majority(examples: Sequence[Example]) -> dict[str, float]:
@@ -121,21 +194,32 @@ class Evaluator:
     for task in tasks:
       sums[f"right/{task}"] = sums[f"count/{task}"] = 0
     k = self._sampled.num_completions
-    for questions, own in self._slices(held_out.questions):
-      for draws in (self._greedy, self._sampled):
-        rollout = self._sampler.sample(weights, questions, key=key, draws=draws)
-        right = self._right(held_out, questions, rollout, own)
-        if draws is self._sampled:
-          sums[f"mean@{k}"] += right.mean(1).sum()
-          sums[f"pass@{k}"] += right.max(1).sum()
-        else:
-          sums["greedy"] += right.sum()
-          sums["length"] += rollout.completion_mask[:own].sum()
-          sums["truncated"] += rollout.truncated[:own].sum()
-          for question, score in zip(questions, right[:, 0], strict=False):
-            sums[f"right/{question.example.task}"] += score
-            sums[f"count/{question.example.task}"] += 1
-        advance()
+    batches = [
+      Asked(questions=questions, own=own, key=key, draws=draws)
+      for questions, own in self._slices(held_out.questions)
+      for draws in (self._greedy, self._sampled)
+    ]
+    for asked, rollout, _, scores in answer(
+      batches,
+      sampler=self._sampler,
+      weights=weights,
+      decode=self._decode,
+      scorer=held_out.scorer,
+    ):
+      assert scores is not None
+      # A reward that failed counts as wrong.
+      right = np.where(scores.failed[:, None], 0.0, scores.rewards)
+      if asked.draws is self._sampled:
+        sums[f"mean@{k}"] += right.mean(1).sum()
+        sums[f"pass@{k}"] += right.max(1).sum()
+      else:
+        sums["greedy"] += right.sum()
+        sums["length"] += rollout.completion_mask.sum()
+        sums["truncated"] += rollout.truncated.sum()
+        for question, score in zip(asked.questions, right[:, 0], strict=False):
+          sums[f"right/{question.example.task}"] += score
+          sums[f"count/{question.example.task}"] += 1
+      advance()
     names = sorted(sums)
     values = sharding.sum_over_hosts([float(sums[n]) for n in names])
     totals = dict(zip(names, values.tolist(), strict=True))
@@ -150,22 +234,6 @@ class Evaluator:
       metrics[f"{name}/task/{task}/greedy"] = accuracy
       metrics[f"{name}/task/{task}/majority"] = share
     return metrics
-
-  def _right(
-    self,
-    held_out: HeldOut,
-    questions: Sequence[Question],
-    rollout: Rollout,
-    own: int,
-  ) -> np.ndarray:
-    """Scores [own G]; a reward that failed counts as wrong."""
-    if not own:  # the last batch may be another host's alone
-      return np.zeros((0, rollout.truncated.shape[1]))
-    texts = decode_rollout(rollout, self._decode)[:own]
-    lengths = np.asarray(rollout.completion_mask).sum(-1)[:own]
-    examples = [q.example for q in questions[:own]]
-    scores = held_out.scorer.score(texts, examples, lengths)
-    return np.where(scores.failed[:, None], 0.0, scores.rewards)
 
 
 def decode_rollout(

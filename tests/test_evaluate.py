@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from jaxvlm import evaluate
-from jaxvlm.evaluate import Evaluator, HeldOut, decode_rollout, majority
+from jaxvlm.evaluate import (
+  Asked,
+  Evaluator,
+  HeldOut,
+  answer,
+  decode_rollout,
+  majority,
+)
+from jaxvlm.rollout.sampler import Draws
 from jaxvlm.types import Example, Question, Rollout, Scores
 
 RIGHT, WRONG, BROKEN = 1, 2, 3
@@ -28,11 +36,12 @@ class Sampler:
 
   def __init__(self):
     self.calls = []
+    self.events = []
 
   def weights(self, params):
     return params + "'s weights"
 
-  def sample(self, weights, questions, *, key, draws):
+  def start(self, weights, questions, *, key, draws):
     self.calls.append((weights, [q.question_id for q in questions], key, draws))
     shape = (len(questions), draws.num_completions, 6)
     ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -41,12 +50,20 @@ class Sampler:
       drawn = (greedy,) if draws.temperature == 0 else sampled
       ids[row] = np.array(drawn)[:, None]
       mask[row] = np.arange(6) <= question.question_id
-    return Rollout(
+    rollout = Rollout(
       completion_ids=ids,
       completion_mask=mask,
       truncated=mask.sum(-1) >= 5,
       sampler_logprobs=np.zeros(shape, np.float32),
     )
+    number = len(self.calls)
+    self.events.append(f"start {number}")
+
+    def wait():
+      self.events.append(f"wait {number}")
+      return rollout
+
+    return wait
 
 
 class Scorer:
@@ -173,6 +190,32 @@ def test_progress_counts_every_batch(held_out, sampler):
   calls = []
   evaluator.run("policy", lambda: calls.append(None))
   assert len(calls) == evaluator.batches() == 2 * 2 * 3
+
+
+def test_a_batch_is_under_way_while_the_one_before_is_scored(sampler, held_out):
+  asked = [
+    Asked(
+      questions=held_out.questions[start : start + 2],
+      own=2,
+      key=None,
+      draws=Draws(
+        num_completions=3,
+        max_completion_length=6,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+      ),
+    )
+    for start in (0, 1, 2)
+  ]
+  answered = answer(
+    asked, sampler=sampler, weights="w", decode=str, scorer=held_out.scorer
+  )
+  assert [a.asked for a in answered] == asked
+  assert sampler.events == [
+    *("start 1", "start 2", "wait 1"),
+    *("start 3", "wait 2", "wait 3"),
+  ]
 
 
 def test_questions_without_a_task_have_no_task_metrics(sampler):

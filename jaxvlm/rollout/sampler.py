@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -77,6 +77,21 @@ class Sampler:
         folded in, so that the batch's layout does not matter.
       draws: see there.
     """
+    return self.start(weights, questions, key=key, draws=draws)()
+
+  def start(
+    self,
+    weights: Params,
+    questions: Sequence[Question],
+    *,
+    key: Key[Array, ""],
+    draws: Draws,
+  ) -> Callable[[], Rollout]:
+    """`sample`, not waited for: the host is free while the device works.
+
+    Returns:
+      What waits for the completions and gives them.
+    """
     lanes = len(questions)
     prompt_length, patches = sharding.agree_max(
       needed(questions, lanes=lanes, layout=self._layout)
@@ -99,7 +114,7 @@ class Sampler:
         sharding.place(self._mesh, prompts),
         key,
       )
-    return jax.tree.map(sharding.to_host, rollout)
+    return lambda: jax.tree.map(sharding.to_host, rollout)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
