@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvlm import checkpoint, curves, models, results, sharding
+from jaxvlm import checkpoint, curves, models, results
 from jaxvlm.display import Display
 from jaxvlm.evaluate import Evaluator, HeldOut
 from jaxvlm.job import Job
@@ -102,7 +102,7 @@ class Books:
     """Shapes and places of the state saved at this progress."""
     job = self._job
     stage = job.schedule[min(progress["stage"], len(job.schedule) - 1)]
-    return job.make_learner(stage).abstract(abstract_params(job))
+    return job.make_learner(stage).abstract(job.abstract_params())
 
   def base(self) -> Params:
     """The weights that the run starts from.
@@ -110,17 +110,8 @@ class Books:
     Raises:
       Stopped: they are no weights of this network; says which are not.
     """
-    job = self._job
-    like = abstract_params(job)
-    saved = job.checkpoint / models.ORBAX
-    count = sum(leaf.size for leaf in jax.tree.leaves(like))
-    with (
-      _files_read(),
-      self._display.task("load the checkpoint", total=count) as advance,
-    ):
-      if saved.is_dir():
-        return checkpoint.load_params(saved, like)
-      return models.load_params(job.network, job.checkpoint, job.mesh, advance)
+    with _files_read():
+      return self._job.load_params(self._display)
 
   def reference(
     self, stage: Stage, params: Params, progress: Progress
@@ -134,7 +125,7 @@ class Books:
     path = job.workdir / "stage_starts" / stage.name
     if progress.step:
       with _files_read():
-        return checkpoint.load_params(path, abstract_params(job))
+        return checkpoint.load_params(path, job.abstract_params())
     # A copy, for updates reuse the memory of the weights they replace.
     start = jax.tree.map(jnp.copy, params)
     checkpoint.save_params(path, start)
@@ -214,7 +205,7 @@ class Books:
       return params
     path = self._job.workdir / "best" / stage.name
     with _files_read():
-      return checkpoint.load_params(path, abstract_params(self._job))
+      return checkpoint.load_params(path, self._job.abstract_params())
 
   def export(self, stage: Stage, params: Params) -> None:
     """Writes what a stage hands over for transformers, where that is asked."""
@@ -321,17 +312,6 @@ def _files_read() -> Iterator[None]:
     yield
   except ValueError as error:
     raise Stopped(str(error)) from error
-
-
-def abstract_params(job: Job) -> Params:
-  """Shapes, dtypes and shardings of the network's weights."""
-  return jax.tree.map(
-    lambda x, axes: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=sharding.sharding(job.mesh, axes, x.shape)
-    ),
-    job.network.shapes(),
-    job.network.axes(),
-  )
 
 
 def _samples(job: Job, batch: Batch, count: int) -> list[Sample]:

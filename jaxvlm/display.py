@@ -110,10 +110,15 @@ class Display:
 
   @contextlib.contextmanager
   def task(
-    self, description: str, *, total: int
+    self, description: str, *, total: int, done: int = 0
   ) -> Iterator[Callable[[int], None]]:
-    """A bar for other long work; yields what advances it by n."""
-    task = self._bars.add_task(description, total=total, numbers="")
+    """A bar for other long work, `done` of it by an earlier process.
+
+    Yields what advances it by n.
+    """
+    task = self._bars.add_task(
+      description, total=total, completed=done, numbers=""
+    )
     self._last_line = time.monotonic()
 
     def advance(count: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from jaxvlm import models, rewards, scratch, sharding
+from jaxvlm import checkpoint, models, rewards, scratch, sharding
 from jaxvlm.data import loader
 from jaxvlm.data.loader import Loader, Source
 from jaxvlm.data.processor import Processor
@@ -24,7 +24,7 @@ from jaxvlm.models import Network
 from jaxvlm.rollout.sampler import Sampler
 from jaxvlm.scoring import Scorer
 from jaxvlm.stages import Stage
-from jaxvlm.types import Question
+from jaxvlm.types import Params, Question
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,32 @@ class Job:
       shuffle=stage.shuffle,
     )
 
+  def abstract_params(self) -> Params:
+    """Shapes, dtypes and shardings of the network's weights."""
+    return jax.tree.map(
+      lambda x, axes: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding.sharding(self.mesh, axes, x.shape)
+      ),
+      self.network.shapes(),
+      self.network.axes(),
+    )
+
+  def load_params(self, display: Display) -> Params:
+    """The weights of the checkpoint.
+
+    Raises:
+      ValueError: they are no weights of this network; says which are not.
+    """
+    like = self.abstract_params()
+    saved = self.checkpoint / models.ORBAX
+    count = sum(leaf.size for leaf in jax.tree.leaves(like))
+    with display.task("load the checkpoint", total=count) as advance:
+      if saved.is_dir():
+        return checkpoint.load_params(saved, like)
+      return models.load_params(
+        self.network, self.checkpoint, self.mesh, advance
+      )
+
   def make_scorer(self, rewards: tuple[tuple[str, float], ...]) -> Scorer:
     return Scorer(rewards=rewards, **self.config["rewards"])
 
@@ -122,9 +148,9 @@ def prepare(
     stage.check_shards(sharding.data_shards(mesh))
   _check_evaluation(config, schedule, sharding.data_shards(mesh))
 
-  checkpoint = _checkpoint(config["model"], config["seed"], workdir, display)
+  directory = _checkpoint(config["model"], config["seed"], workdir, display)
   network = models.load_network(
-    checkpoint,
+    directory,
     dtype=config["model"]["dtype"],
     param_dtype=config["model"]["param_dtype"],
     remat=config["model"]["remat"],
@@ -132,7 +158,7 @@ def prepare(
   inputs = dict(config["inputs"])
   longest = inputs.pop("max_prompt_length")
   processor = dataclasses.replace(
-    Processor.from_directory(checkpoint, **inputs),
+    Processor.from_directory(directory, **inputs),
     box_side=models.find_family(network.config.model_type).BOX_SIDE,
   )
 
@@ -163,7 +189,7 @@ def prepare(
   job = Job(
     config=config,
     workdir=workdir,
-    checkpoint=checkpoint,
+    checkpoint=directory,
     schedule=schedule,
     mesh=mesh,
     network=network,

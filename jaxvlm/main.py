@@ -17,10 +17,10 @@ from ml_collections import ConfigDict, config_flags
 from jaxvlm import books, checkpoint, job, train
 from jaxvlm.display import Display, make_console
 
-_CONFIG = config_flags.DEFINE_config_file(
+CONFIG = config_flags.DEFINE_config_file(
   "config", lock_config=True, help_string="A file of configs/, and its size."
 )
-_DISTRIBUTED = flags.DEFINE_bool(
+DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the other hosts of a pod or cluster first."
 )
 
@@ -30,9 +30,9 @@ def main(argv: list[str]) -> None:
     sys.exit(f"jaxvlm: unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
   sys.unraisablehook = checkpoint.print_unraisable
-  if _DISTRIBUTED.value:
+  if DISTRIBUTED.value:
     jax.distributed.initialize()
-  config = _CONFIG.value.to_dict()
+  config = CONFIG.value.to_dict()
   # Where a run lies is no part of it: a workdir may be moved.
   workdir = pathlib.Path(config.pop("workdir")).expanduser().absolute()
   with contextlib.ExitStack() as stack:
@@ -57,11 +57,11 @@ def main(argv: list[str]) -> None:
       sys.exit(f"jaxvlm: stopped: {error}" + (remedy if full else ""))
 
 
-def _parse(argv: list[str]) -> list[str]:
+def parse(argv: list[str]) -> list[str]:
   """Reads the flags; what is wrong with one is said in a line."""
   try:
     rest = flags.FLAGS(argv)
-    _CONFIG.value.is_locked  # noqa: B018, a missing file raises at its first use
+    CONFIG.value.is_locked  # noqa: B018, a missing file raises at its first use
     return rest
   except (AttributeError, KeyError) as error:
     unknown = _unknown_field(argv)
@@ -104,7 +104,7 @@ def _unknown_field(argv: list[str]) -> str | None:
 
 def cli() -> None:
   flags.mark_flag_as_required("config")
-  app.run(main, flags_parser=_parse)
+  app.run(main, flags_parser=parse)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,16 @@ def test_progress_hands_on_every_item_and_ends_with_a_line(clock):
   assert line.startswith("read rows          3/3")
 
 
+def test_resumed_work_counts_from_where_it_was(clock):
+  console = plain_console()
+  with (
+    Display(console) as shown,
+    shown.task("answer", total=9, done=6) as advance,
+  ):
+    advance(3)
+  assert "9/9" in text_of(console)
+
+
 def test_brackets_in_a_message_are_text():
   console = plain_console()
   with Display(console) as shown:
