@@ -61,6 +61,9 @@ def base(**overrides: object) -> ConfigDict:
       },
       # Order is here alone: a config's fields are sorted by name.
       "schedule": (),
+      # Stages in a row that share one learning-rate schedule and optimizer
+      # state, so that an order is compared without its restarts.
+      "hold_schedule": (),
       "stages": {},
     }
   )

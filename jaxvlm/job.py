@@ -23,7 +23,7 @@ from jaxvlm.learner import Learner
 from jaxvlm.models import Network
 from jaxvlm.rollout.sampler import Sampler
 from jaxvlm.scoring import Scorer
-from jaxvlm.stages import Stage
+from jaxvlm.stages import Stage, hold_schedule
 from jaxvlm.types import Params, Question
 
 
@@ -225,6 +225,7 @@ def _schedule(config: Mapping[str, Any]) -> tuple[Stage, ...]:
   if len(set(names)) < len(names):
     raise ValueError(f"schedule: {names} names a stage twice; copy it.")
   stages = tuple(Stage(name=name, **config["stages"][name]) for name in names)
+  stages = hold_schedule(stages, config["hold_schedule"])
   for before, stage in zip((None, *stages), stages, strict=False):
     for reward, _ in stage.rewards:
       _check_reward(f"stages.{stage.name}.rewards", reward)

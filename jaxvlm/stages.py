@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxvlm.learner import Objective, Optimizer
@@ -49,6 +49,9 @@ class Stage:
   promote: Literal["latest", "best"]
   metric: str  # of evaluations, that says which checkpoint is best; "": none
   logprob_chunk: int
+  # (updates before the stage, updates in all) of the schedule that
+  # `hold_schedule` makes over several stages; None: the stage's own.
+  lr_span: tuple[int, int] | None = None
 
   def __post_init__(self) -> None:
     self._one_of("kind", ("grpo", "sft"))
@@ -146,11 +149,17 @@ class Stage:
       top_p=1.0,
     )
 
+  @property
+  def updates(self) -> int:
+    """Optimizer steps of the whole stage."""
+    return self.steps * self.updates_per_rollout
+
   def learning_rate_at(self, update: int) -> float:
-    """Learning rate of the update with this number, from 0."""
+    """Learning rate of the stage's update with this number, from 0."""
+    before, total = self.lr_span or (0, self.updates)
+    update += before
     if update < self.lr_warmup:
       return self.learning_rate * (update + 1) / self.lr_warmup
-    total = self.steps * self.updates_per_rollout
     done = (update - self.lr_warmup) / max(total - self.lr_warmup, 1)
     left = {
       "constant": 1.0,
@@ -160,6 +169,54 @@ class Stage:
     if self.lr_schedule == "constant":
       return self.learning_rate
     return self.learning_rate * (self.lr_final + (1 - self.lr_final) * left)
+
+
+# What stages that share a learning-rate schedule must agree on.
+_SHARED = ("learning_rate", "lr_schedule", "lr_warmup", "lr_final")
+
+
+def hold_schedule(
+  stages: Sequence[Stage], names: Sequence[str]
+) -> tuple[Stage, ...]:
+  """One learning-rate schedule and one optimizer state over these stages.
+
+  Warm-up and decay then go over the updates of all of them together, and the
+  optimizer's state is handed on, as in a single stage of that length.
+
+  Args:
+    stages: the schedule.
+    names: of stages that follow one another in it.
+
+  Raises:
+    ValueError: they do not follow one another, or their learning rates differ.
+  """
+  order = [stage.name for stage in stages]
+  first = order.index(names[0]) if names and names[0] in order else 0
+  if tuple(order[first : first + len(names)]) != tuple(names):
+    raise ValueError(
+      f"hold_schedule: got {tuple(names)}; expected stages that follow one "
+      f"another in the schedule {tuple(order)}."
+    )
+  held = list(stages)
+  total, before = (
+    sum(stage.updates for stage in stages if stage.name in names),
+    0,
+  )
+  for i in range(first, first + len(names)):
+    for field in _SHARED:
+      one, other = getattr(stages[first], field), getattr(stages[i], field)
+      if one != other:
+        raise ValueError(
+          f"hold_schedule: stages.{stages[first].name}.{field} is {one!r}, "
+          f"that of {stages[i].name} {other!r}; make them equal."
+        )
+    held[i] = dataclasses.replace(
+      stages[i],
+      lr_span=(before, total),
+      reset_optimizer=stages[i].reset_optimizer and i == first,
+    )
+    before += stages[i].updates
+  return tuple(held)
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import zlib
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxvlm.display import Display
 from jaxvlm.job import Job
 from jaxvlm.learner import TrainState
 from jaxvlm.metrics import Timers, add, means
-from jaxvlm.stages import Ledger
+from jaxvlm.stages import Ledger, Stage
 from jaxvlm.step import (
   advantages_of,
   choose,
@@ -66,7 +67,7 @@ def run(job: Job, display: Display) -> None:
               rollout = demonstrations(questions, draws.max_completion_length)
             else:
               weights = sampler.weights(state.params)
-              key = step_key(job, progress.stage, progress.step)
+              key = step_key(job, stage, progress.step)
               rollout = sampler.sample(weights, questions, key=key, draws=draws)
           with timers("score"):
             scores = score(job, scorer, questions, rollout)
@@ -120,7 +121,12 @@ def run(job: Job, display: Display) -> None:
     books.finish(state.params, progress)
 
 
-def step_key(job: Job, stage: int, step: int) -> Any:
-  """The randomness of one step; question, completion and position come in later."""
+def step_key(job: Job, stage: Stage, step: int) -> Any:
+  """The randomness of one step; question, completion and position come in later.
+
+  It goes by the stage's name, not its place: a stage draws the same numbers
+  wherever in a schedule it stands, and whatever was run before.
+  """
   key = jax.random.key(job.config["seed"])
-  return jax.random.fold_in(jax.random.fold_in(key, stage), step)
+  key = jax.random.fold_in(key, zlib.crc32(stage.name.encode()))
+  return jax.random.fold_in(key, step)

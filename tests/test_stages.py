@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from jaxvlm.stages import Ledger, Stage
+from jaxvlm.stages import Ledger, Stage, hold_schedule
 
 OPTIMIZER = {
   "name": "adamw",
@@ -172,6 +172,59 @@ def test_a_warmup_as_long_as_the_stage_never_divides_by_zero():
   stage = make_stage(lr_schedule="linear", lr_warmup=20)
   assert stage.learning_rate_at(19) == pytest.approx(1e-3)
   assert stage.learning_rate_at(20) == pytest.approx(1e-3)
+
+
+def held(*stages):
+  return hold_schedule(stages, [stage.name for stage in stages])
+
+
+def all_rates(stages):
+  return [
+    stage.learning_rate_at(update)
+    for stage in stages
+    for update in range(stage.updates)
+  ]
+
+
+@pytest.mark.parametrize("lr_schedule", ["constant", "linear", "cosine"])
+def test_held_stages_have_the_learning_rates_of_one_long_stage(lr_schedule):
+  knobs = {"lr_schedule": lr_schedule, "lr_warmup": 3, "lr_final": 0.1}
+  short = make_stage(name="first", steps=4, **knobs)
+  long = make_stage(name="second", steps=7, **knobs)
+  whole = make_stage(steps=11, **knobs)
+  assert all_rates(held(short, long)) == all_rates([whole])
+  assert all_rates(held(long, short)) == all_rates([whole])
+  assert all_rates([short, long]) != all_rates([whole])  # warm-up comes twice
+
+
+def test_held_stages_hand_the_optimizer_on():
+  warm, *others = (make_stage(name=name) for name in ("warm", "a", "b", "c"))
+  stages = hold_schedule((warm, *others), ("a", "b", "c"))
+  assert [stage.reset_optimizer for stage in stages] == [
+    True,
+    True,
+    False,
+    False,
+  ]
+  assert stages[0] == warm
+  assert hold_schedule((warm, *others), ()) == (warm, *others)
+
+
+@pytest.mark.parametrize("names", [("b", "a"), ("a", "c"), ("a", "x"), ("x",)])
+def test_stages_are_held_only_where_they_follow_one_another(names):
+  stages = [make_stage(name=name) for name in "abc"]
+  with pytest.raises(
+    ValueError, match=r"hold_schedule: got .*follow one another"
+  ):
+    hold_schedule(stages, names)
+
+
+def test_stages_of_different_learning_rates_are_not_held():
+  stages = make_stage(name="a"), make_stage(name="b", learning_rate=2e-3)
+  with pytest.raises(
+    ValueError, match=r"stages.a.learning_rate is 0.001, that of b 0.002"
+  ):
+    held(*stages)
 
 
 def test_training_rollouts_draw_from_the_distribution_that_is_trained():

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 import warnings
 
 import jax
@@ -18,7 +19,7 @@ import safetensors.numpy
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from jaxvlm import models
+from jaxvlm import models, train
 from jaxvlm.data import loader
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.sources import files
@@ -200,6 +201,22 @@ def test_a_full_disk_ends_the_run_with_the_last_checkpoint_whole(
   assert "Make room, then run the same command again." in line
   finish(launch, tmp_path)
   assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_stage_draws_by_its_name_wherever_it_stands():
+  def data(name, step, seed=0):
+    job = types.SimpleNamespace(config={"seed": seed})
+    stage = types.SimpleNamespace(name=name)
+    return tuple(jax.random.key_data(train.step_key(job, stage, step)).tolist())
+
+  keys = {
+    data(name, step, seed)
+    for name in ("perceive", "reason")
+    for step in (0, 1)
+    for seed in (0, 1)
+  }
+  assert len(keys) == 8
+  assert data("perceive", 1) in keys
 
 
 def test_eight_devices_answer_as_one_and_learn_the_same(
