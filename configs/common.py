@@ -84,6 +84,7 @@ def stage(**overrides: object) -> ConfigDict:
       "kind": "grpo",
       "data": {},
       "shuffle": True,
+      "order": "",  # a column expression to sort the draws by, "-pass_rate"
       "rewards": (),
       "steps": 100,
       "rollout_questions": 512,
@@ -123,3 +124,26 @@ def stage(**overrides: object) -> ConfigDict:
 
 
 easyr1 = stage
+
+
+def data(source: str, **fields: object) -> ConfigDict:
+  """A data entry of a stage or a held-out set: which rows, and how many.
+
+  Args:
+    source: a file of jaxvlm/data/sources, or "file.py:function".
+    **fields: of this entry, and the source's own arguments.
+  """
+  entry = ConfigDict(
+    {
+      "source": source,
+      "weight": 1.0,  # share of the stage's stream
+      # A column expression, "pass_rate > 0 and pass_rate < 1"; "": all rows.
+      "filter": "",
+      "limit": placeholder(int),  # rows, of those that the filter leaves
+      # A parquet or JSONL file of further columns by row_id; "": none.
+      "annotations": "",
+      "rewards": (),  # (name, weight) of these rows; (): the stage's
+    }
+  )
+  entry.update(fields)
+  return entry

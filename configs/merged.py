@@ -21,7 +21,8 @@ def get_config(size: str = "tiny") -> ConfigDict:
     total = sum(source.weight for source in stage.data.values())
     for key, source in stage.data.items():
       share = stage.steps * source.weight / total
-      data[f"{name}_{key}"] = source.to_dict() | {"weight": share}
+      entry = source.to_dict() | {"weight": share}
+      data[f"{name}_{key}"] = common.data(**entry)
   merged = stages[0].to_dict() | {
     "data": data,
     "steps": sum(stage.steps for stage in stages),

@@ -74,17 +74,16 @@ def files() -> ConfigDict:
   return config
 
 
-def _file() -> dict[str, object]:
-  return {
-    "source": "files",
-    "weight": 1.0,
-    "path": "",
-    "problem_key": "problem",
-    "answer_key": "answer",
-    "images_key": "images",
-    "image_dir": None,
-    "limit": None,
-  }
+def _file() -> ConfigDict:
+  return common.data(
+    "files",
+    path="",
+    problem_key="problem",
+    answer_key="answer",
+    images_key="images",
+    response_key="",
+    image_dir="",
+  )
 
 
 def tiny() -> ConfigDict:
@@ -247,15 +246,13 @@ def tiny_qwen3() -> ConfigDict:
 
 def _world(
   capability: str, *, split: str, size: int, seed: int, **more: object
-) -> dict[str, object]:
-  return {
-    "source": "worlds",
-    "weight": 1.0,
-    "capability": capability,
-    "split": split,
-    "size": size,
-    "seed": seed,
-    "tasks": {},
-    "errors": {},
-    "captions": 0,
-  } | more
+) -> ConfigDict:
+  fields = {"tasks": {}, "errors": {}, "captions": 0} | more
+  return common.data(
+    "worlds",
+    capability=capability,
+    split=split,
+    size=size,
+    seed=seed,
+    **fields,
+  )

@@ -17,6 +17,7 @@ from jaxvlm import checkpoint, models, rewards, scratch, sharding
 from jaxvlm.data import loader
 from jaxvlm.data.loader import Loader, Source
 from jaxvlm.data.processor import Processor
+from jaxvlm.data.rows import Rows, order_keys, select
 from jaxvlm.display import Display
 from jaxvlm.find import find
 from jaxvlm.learner import Learner
@@ -25,6 +26,9 @@ from jaxvlm.rollout.sampler import Sampler
 from jaxvlm.scoring import Scorer
 from jaxvlm.stages import Stage, hold_schedule
 from jaxvlm.types import Params, Question
+
+# What any data entry of a config has beside its source's own fields.
+_ENTRY = ("source", "weight", "filter", "limit", "annotations", "rewards")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,10 +102,11 @@ class Job:
       self.sources[stage.name],
       self.processor,
       batch_size=stage.rollout_questions,
-      seed=self.config["seed"] + index,
+      seed=self.config["seed"],
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       shuffle=stage.shuffle,
+      total=stage.steps * stage.rollout_questions if stage.order else None,
     )
 
   def abstract_params(self) -> Params:
@@ -169,6 +174,7 @@ def prepare(
         f"stages.{stage.name}.data.{name}",
         entry,
         stage.max_completion_length if stage.kind == "sft" else None,
+        stage.order,
       )
       for name, entry in stage.data.items()
     }
@@ -178,7 +184,7 @@ def prepare(
   for capability in config["evaluation"]["capabilities"]:
     entry = config["evaluation"]["sets"][capability]
     field = f"evaluation.sets.{capability}.data"
-    rows = open_source(field, entry["data"], None)
+    rows = open_source(field, entry["data"], None, "")
     held_out.append(
       HeldOutRows(
         capability=capability,
@@ -322,30 +328,43 @@ class _Opener:
   dropped: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
   def __call__(
-    self, field: str, entry: Mapping[str, Any], longest_response: int | None
+    self,
+    field: str,
+    entry: Mapping[str, Any],
+    longest_response: int | None,
+    order: str,
   ) -> Source:
-    arguments = dict(entry)
-    try:
-      weight, name = arguments.pop("weight"), arguments.pop("source")
-    except KeyError as error:
-      raise ValueError(f"{field}: has no {error}.") from error
+    if missing := sorted(set(_ENTRY) - entry.keys()):
+      raise ValueError(
+        f"{field}: has no {', '.join(missing)}; common.data of "
+        "configs/common.py gives an entry all its fields."
+      )
+    name, weight, filter, limit, annotations, rewards = (
+      entry[field] for field in _ENTRY
+    )
+    arguments = {k: v for k, v in entry.items() if k not in _ENTRY}
     source = find("data.sources", name, "source")
     try:
       inspect.signature(source).bind(**arguments)
     except TypeError as error:
       raise ValueError(f"{field}: source {name!r}: {error}.") from error
-    examples = source(**arguments)
-    with self.display.task(f"read {field}", total=len(examples)) as advance:
+    rows = Rows(source(**arguments), annotations=annotations, rewards=rewards)
+    chosen = select(rows, name=field, filter=filter, limit=limit)
+    with self.display.task(f"read {field}", total=len(chosen.rows)) as advance:
       found = loader.inspect(
-        examples,
+        rows,
+        chosen.rows,
         self.processor,
         name=field,
         max_prompt_length=self.longest,
         max_response_length=longest_response,
         progress=lambda done, total: advance(1),
       )
-    if found.dropped:
-      self.dropped[field] = found.dropped
-      counts = ", ".join(f"{n} {why}" for why, n in found.dropped.items())
+    if dropped := chosen.dropped | found.dropped:
+      self.dropped[field] = dropped
+      counts = ", ".join(f"{n} {why}" for why, n in dropped.items())
       self.display.print(f"{field}: dropped {counts}; {len(found.kept)} stay.")
-    return Source(weight, examples, found.kept)
+    keys = None
+    if order:
+      keys = order_keys(rows, found.kept, name=f"{field}: order", order=order)
+    return Source(weight, rows, found.kept, found.row_ids, keys)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from jaxvlm.data.expressions import Expression
 from jaxvlm.learner import Objective, Optimizer
 from jaxvlm.rollout.sampler import Draws
 
@@ -23,6 +24,9 @@ class Stage:
   kind: Literal["grpo", "sft"]
   data: Mapping[str, Mapping[str, Any]]  # sources by a name of your own
   shuffle: bool
+  # A column expression: the stage's draws are sorted by it, the least first
+  # ("-pass_rate": easy first); "": as they come.
+  order: str
   rewards: tuple[tuple[str, float], ...]  # (name, weight); first: accuracy
   steps: int
   rollout_questions: int
@@ -69,6 +73,11 @@ class Stage:
     ):
       if getattr(self, field) < 1:
         raise self._wrong(field, "expected at least 1")
+    if self.order:
+      try:
+        Expression(self.order)
+      except ValueError as error:
+        raise self._wrong("order", str(error)) from error
     if not self.data:
       raise self._wrong("data", "expected at least one source")
     if self.kind == "grpo":

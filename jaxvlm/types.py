@@ -10,6 +10,7 @@ same. Host-only records (`Example`, `Question`, `Scores`) are not pytrees.
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -40,6 +41,13 @@ class Example:
   # A conversation as chat templates take it, its pictures in `images` and its
   # last turn also in `problem`; (): the problem is the only turn.
   messages: tuple[dict[str, Any], ...] = ()
+  # Its further columns: numbers, text and truths; None: it has no value.
+  columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # (name, weight) of the rewards of its source; (): the stage's.
+  rewards: tuple[tuple[str, float], ...] = ()
+  # Where the paths in `images` start; what stands before may differ from
+  # machine to machine.
+  image_root: str = ""
   # (height, width) of each picture in pixels, upright, and in the units in
   # which the model says boxes; (): the pictures were not read yet.
   picture_sizes: tuple[tuple[int, int], ...] = ()

@@ -258,7 +258,7 @@ def get_config():
   }
   config.stages.warm = common.stage(**shared | {
     "kind": "sft",
-    "data": {"rows": rows("train") | {"response_key": "response"}},
+    "data": {"rows": rows("train", response_key="response")},
     "steps": 2,
     "max_completion_length": 12,
   })
@@ -281,6 +281,6 @@ def get_config():
   return config
 
 
-def rows(name):
-  return {"source": "files", "weight": 1.0, "path": f"{HERE}/{name}.parquet"}
+def rows(name, **fields):
+  return common.data("files", path=f"{HERE}/{name}.parquet", **fields)
 """

@@ -22,6 +22,7 @@ def make_stage(**changes):
       "kind": "grpo",
       "data": {"rows": {"source": "files", "weight": 1.0}},
       "shuffle": True,
+      "order": "",
       "rewards": (("exact", 1.0),),
       "steps": 10,
       "rollout_questions": 16,
@@ -75,6 +76,7 @@ def make_stage(**changes):
     ({"steps": 0}, "steps: got 0", "expected at least 1"),
     ({"microbatches": 0}, "microbatches: got 0", "expected at least 1"),
     ({"logprob_chunk": -1}, "logprob_chunk: got -1", "expected at least 1"),
+    ({"order": "-f()"}, "order: got '-f()'", "is not taken in an expression"),
     ({"data": {}}, "data: got {}", "expected at least one source"),
     (
       {"num_completions": 1},

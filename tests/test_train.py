@@ -452,12 +452,13 @@ def test_a_model_that_does_not_see_is_stopped(
   assert min(effects(undisturbed)) > 0
 
 
-def test_rows_that_are_too_long_are_dropped_and_counted(
+def test_rows_are_chosen_ordered_and_counted_as_the_config_says(
   launch, undisturbed, project, tmp_path
 ):
   rows = pyarrow.parquet.read_table(project / "train.parquet").to_pylist()
-  for row in rows[:3]:
-    row["problem"] += "long" * 20
+  for i, row in enumerate(rows):
+    row["number"] = i
+    row["problem"] += "long" * 20 * (i < 3)
   file = tmp_path / "rows.parquet"
   pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
   status, out, err = launch(
@@ -467,11 +468,21 @@ def test_rows_that_are_too_long_are_dropped_and_counted(
     f"stages.reason.data.rows.path={file}",
     "evaluation.capabilities=()",
     "stages.reason.metric=",
+    "stages.reason.data.rows.filter=number != 23",
+    "stages.reason.data.rows.limit=20",
+    "stages.reason.order=-number",
     "inputs.max_prompt_length=80",
   ).wait()
   assert status == 0, err
-  assert "dropped 3 over max_prompt_length 80; 21 stay." in out
+  assert (
+    "dropped 1 outside the filter, 3 beyond limit 20, 3 over "
+    "max_prompt_length 80; 17 stay."
+  ) in out
   summary = json.loads((tmp_path / "run" / "summary.json").read_text())
   assert summary["dropped"] == {
-    "stages.reason.data.rows": {"over max_prompt_length 80": 3}
+    "stages.reason.data.rows": {
+      "outside the filter": 1,
+      "beyond limit 20": 3,
+      "over max_prompt_length 80": 3,
+    }
   }

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from jaxvlm.data.processor import Processor
+from jaxvlm.data.rows import combined_seed, row_id
 from jaxvlm.types import Example, Question
 
 
@@ -19,17 +20,22 @@ class Source(NamedTuple):
   weight: float  # share of the stream, relative to the other sources
   examples: Sequence[Example]
   kept: Int[np.ndarray, " N"]  # the rows that `inspect` kept
+  row_ids: Sequence[str]  # of those
+  # What the stage's draws are sorted by, for each of those; None: unordered.
+  keys: Float[np.ndarray, " N"] | None = None
 
 
 class Inspected(NamedTuple):
   """What the check of a data set found."""
 
   kept: Int[np.ndarray, " N"]  # indices, in order
+  row_ids: list[str]  # of those
   dropped: dict[str, int]  # rows, by the limit they are over
 
 
 def inspect(
   examples: Sequence[Example],
+  rows: Int[np.ndarray, " N"],
   processor: Processor,
   *,
   name: str,
@@ -37,10 +43,11 @@ def inspect(
   max_response_length: int | None,
   progress: Callable[[int, int], None] | None,
 ) -> Inspected:
-  """Checks every row before any compute is spent.
+  """Checks these rows before any compute is spent.
 
   Args:
     examples: the data set.
+    rows: indices of those to check.
     processor: of the checkpoint; it measures the prompts.
     name: of the data set, for messages.
     max_prompt_length: tokens; rows with more are dropped, never cut.
@@ -53,10 +60,10 @@ def inspect(
     ValueError: an empty data set; a row that cannot be used (its markers,
       pictures or answer; names it); nothing kept (names the limit).
   """
-  if not len(examples):
+  if not len(rows):
     raise ValueError(f"{name}: the data set is empty.")
 
-  def measure(i: int) -> tuple[int, int]:
+  def measure(i: int) -> tuple[int, int, str]:
     example = examples[i]
     target = example.answer if max_response_length is None else example.response
     if not target:
@@ -64,24 +71,31 @@ def inspect(
       raise ValueError(
         f"{example.name or f'{name}[{i}]'}: no {wanted}; each row needs one."
       )
-    return processor.length(example), processor.response_length(example)
+    prompt, response = (
+      processor.length(example),
+      processor.response_length(example),
+    )
+    return prompt, response, row_id(example)
 
-  lengths = np.empty((len(examples), 2), np.int64)
+  lengths = np.empty((len(rows), 2), np.int64)
+  row_ids = []
   # Pillow decodes and the tokenizer encodes without the interpreter's lock.
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for i, pair in enumerate(pool.map(measure, range(len(examples)))):
-      lengths[i] = pair
+    for i, (*lengths[i], one) in enumerate(pool.map(measure, rows.tolist())):
+      row_ids.append(one)
       if progress is not None:
-        progress(i + 1, len(examples))
+        progress(i + 1, len(rows))
   limits = {"max_prompt_length": max_prompt_length}
   if max_response_length is not None:
     limits["max_response_length"] = max_response_length
-  return _within(lengths, limits, name)
+  fits, dropped = _within(lengths, limits, name)
+  return Inspected(rows[fits], [row_ids[i] for i in fits], dropped)
 
 
 def _within(
   lengths: Int[np.ndarray, "N 2"], limits: dict[str, int], name: str
-) -> Inspected:
+) -> tuple[Int[np.ndarray, " M"], dict[str, int]]:
+  """Which fit, and how many do not, by limit."""
   fits = np.ones(len(lengths), bool)
   dropped: dict[str, int] = {}
   for column, (limit, most) in zip(lengths.T, limits.items(), strict=False):
@@ -95,7 +109,7 @@ def _within(
         f"them by {limit} = {most} (the shortest has {column[over].min()} "
         "tokens). Raise that limit, or lower max_pixels if pictures fill it."
       )
-  return Inspected(np.flatnonzero(fits), dropped)
+  return np.flatnonzero(fits), dropped
 
 
 def questions(
@@ -108,9 +122,9 @@ def questions(
 class Loader:
   """An endless iterator over batches: this host's questions of each step.
 
-  The stream is a pure function of sources and seed: each source is shuffled
-  anew each epoch, repeated, and mixed by weight; question_id is the place in
-  the mixture. Of each batch, host h takes the h-th of the equal slices, so
+  The stream is a pure function of the sources' rows and weights and the seed,
+  whatever the sources are called: each is shuffled anew each epoch, repeated,
+  and mixed by weight; question_id is the place in the mixture. Of each batch, host h takes the h-th of the equal slices, so
   that the batch is the same whatever the number of hosts. Threads prepare up
   to one batch ahead; `get_state` knows what was handed out, not what was
   prepared.
@@ -126,17 +140,21 @@ class Loader:
     process_index: int,
     process_count: int,
     shuffle: bool,
+    total: int | None,
   ):
     """Starts the stream.
 
     Args:
-      sources: the mixture, by name; its order is part of the stream.
+      sources: the mixture, by name.
       processor: prepares the rows.
       batch_size: questions of all hosts together.
       seed: of the order.
       process_index: which host this is.
       process_count: how many hosts there are.
       shuffle: False: the rows of each source in order.
+      total: so many draws, which the stream would begin with, are sorted by
+        the sources' keys, the least first, and come again after that; those
+        of equal keys keep their order. None: the stream as it is.
 
     Raises:
       ValueError: no source, one without rows or with a weight that is not
@@ -146,10 +164,13 @@ class Loader:
     own = batch_size // process_count
 
     def prepare(place: int, at: tuple[str, int]) -> Question:
-      name, row = at
-      return processor.question(sources[name].examples[row], place)
+      source, number = sources[at[0]], at[1]
+      return processor.question(source.examples[source.kept[number]], place)
 
-    stream = _mix(sources, seed, shuffle).map_with_index(prepare)
+    draws = _mix(sources, seed, shuffle)
+    if total is not None:
+      draws = _sorted(draws, sources, total)
+    stream = draws.map_with_index(prepare)
     slices = _HostSlice(stream, own, batch_size, process_index * own)
     threads = min(own, os.cpu_count() or 1)
     reading = grain.ReadOptions(
@@ -196,14 +217,35 @@ def _check(
 def _mix(
   sources: Mapping[str, Source], seed: int, shuffle: bool
 ) -> grain.MapDataset:
-  """The endless stream of (source name, row)."""
+  """The endless stream of (source name, number among its kept rows)."""
+  seeds = {
+    name: combined_seed(seed, source.row_ids)
+    for name, source in sources.items()
+  }
+  # Not by name: an arm may call them otherwise.
+  names = sorted(sources, key=lambda n: (seeds[n], sources[n].weight))
   parts = []
-  for number, (name, source) in enumerate(sources.items()):
-    rows = grain.MapDataset.source([(name, int(i)) for i in source.kept])
+  for name in names:
+    numbers = range(len(sources[name].kept))
+    rows = grain.MapDataset.source([(name, i) for i in numbers])
     if shuffle:
-      rows = rows.shuffle(seed=(seed + number) % 2**32)
+      rows = rows.shuffle(seed=seeds[name])
     parts.append(rows.repeat())
-  return grain.MapDataset.mix(parts, [s.weight for s in sources.values()])
+  return grain.MapDataset.mix(parts, [sources[n].weight for n in names])
+
+
+def _sorted(
+  draws: grain.MapDataset, sources: Mapping[str, Source], total: int
+) -> grain.MapDataset:
+  """The first `total` draws by their keys, again and again."""
+  first = [draws[i] for i in range(total)]
+  keys = []
+  for name, number in first:
+    found = sources[name].keys
+    assert found is not None
+    keys.append(found[number])
+  order = np.argsort(keys, kind="stable")
+  return grain.MapDataset.source([first[i] for i in order]).repeat()
 
 
 class _HostSlice:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxvlm.data import loader
+from jaxvlm.data.rows import row_id
 from jaxvlm.types import Example
 
 
@@ -24,12 +25,15 @@ def make_loader(processor, sources, **changes):
     "process_index": 0,
     "process_count": 1,
     "shuffle": True,
+    "total": None,
   }
   return loader.Loader(sources, processor, **(settings | changes))
 
 
-def whole(rows, weight=1.0):
-  return loader.Source(weight, rows, np.arange(len(rows)))
+def whole(rows, weight=1.0, kept=None, keys=None):
+  kept = np.arange(len(rows)) if kept is None else kept
+  ids = [row_id(rows[i]) for i in kept]
+  return loader.Source(weight, rows, kept, ids, keys)
 
 
 def take(batches, count):
@@ -46,7 +50,7 @@ def flat(batches):
 @pytest.fixture(scope="module")
 def mixture():
   a, b = make_rows(10, "a"), make_rows(7, "b")
-  return {"a": whole(a, 3.0), "b": loader.Source(1.0, b, np.array([1, 4, 6]))}
+  return {"a": whole(a, 3.0), "b": whole(b, kept=np.array([1, 4, 6]))}
 
 
 def test_each_epoch_shows_every_row_once_in_a_new_order(processor):
@@ -62,6 +66,38 @@ def test_the_order_is_a_function_of_the_seed(processor, mixture):
   first = take(make_loader(processor, mixture), 5)
   assert take(make_loader(processor, mixture), 5) == first
   assert take(make_loader(processor, mixture, seed=1), 5) != first
+
+
+def test_the_order_is_not_of_the_names_nor_of_other_sources(processor):
+  a, b = whole(make_rows(9, "a"), 2.0), whole(make_rows(5, "b"))
+  both = take(make_loader(processor, {"a": a, "b": b}), 6)
+  assert take(make_loader(processor, {"z": a, "y": b}), 6) == both
+  assert take(make_loader(processor, {"b": b, "a": a}), 6) == both
+  alone = [p for _, p in flat(take(make_loader(processor, {"q": a}), 3))]
+  assert [p for _, p in flat(both) if p.startswith("a")][:9] == alone[:9]
+  fewer = a._replace(kept=a.kept[1:], row_ids=a.row_ids[1:])
+  changed = take(make_loader(processor, {"q": fewer}), 3)
+  assert [p for _, p in flat(changed)][:8] != [p for p in alone if p != "a0"][
+    :8
+  ]
+
+
+def test_an_ordered_stream_sorts_the_draws_it_would_have_made(
+  processor, mixture
+):
+  keyed = {
+    name: source._replace(keys=-(source.kept % 3).astype(float))
+    for name, source in mixture.items()
+  }
+  unordered = flat(take(make_loader(processor, keyed), 6))
+  stream = make_loader(processor, keyed, total=24)
+  ordered = flat(take(stream, 6))
+  assert [i for i, _ in ordered] == list(range(24))
+  by_key = sorted(unordered, key=lambda pair: -(int(pair[1][1:]) % 3))
+  assert [p for _, p in ordered] == [p for _, p in by_key]
+  assert [p for _, p in ordered] != [p for _, p in unordered]
+  again = [p for _, p in flat(take(stream, 1))]
+  assert again == [p for _, p in ordered[:4]]
 
 
 def test_without_shuffle_rows_come_in_order(processor):
@@ -91,14 +127,21 @@ def test_hosts_together_see_the_batches_of_one(processor, mixture, count):
   assert got == want
 
 
+@pytest.mark.parametrize("total", [None, 40])
 @pytest.mark.parametrize("done", [0, 1, 3, 7])
-def test_a_restored_stream_goes_on_where_it_was(processor, mixture, done):
-  stream = make_loader(processor, mixture)
+def test_a_restored_stream_goes_on_where_it_was(
+  processor, mixture, done, total
+):
+  mixture = {
+    name: source._replace(keys=np.sin(source.kept))
+    for name, source in mixture.items()
+  }
+  stream = make_loader(processor, mixture, total=total)
   take(stream, done)
   time.sleep(0.05)  # the threads run ahead of what was handed out
   state = json.loads(json.dumps(stream.get_state()))
   want = take(stream, 6)
-  restored = make_loader(processor, mixture)
+  restored = make_loader(processor, mixture, total=total)
   restored.set_state(state)
   assert take(restored, 6) == want
   restored.set_state(state)  # also back
@@ -132,14 +175,15 @@ def test_questions_keep_order_and_index(processor):
   assert type(got[0].question_id) is int
 
 
-def inspect(rows, processor, **changes):
+def inspect(examples, processor, rows=None, **changes):
   settings = {
     "name": "stages.x.data.y",
     "max_prompt_length": 1000,
     "max_response_length": None,
     "progress": None,
   }
-  return loader.inspect(rows, processor, **(settings | changes))
+  rows = np.arange(len(examples)) if rows is None else rows
+  return loader.inspect(examples, rows, processor, **(settings | changes))
 
 
 def test_long_prompts_are_dropped_and_counted(processor):
@@ -159,6 +203,7 @@ def test_long_prompts_are_dropped_and_counted(processor):
   )
   assert found.kept.tolist() == [0, 1, 3, 4]
   assert found.dropped == {"over max_prompt_length 100": 2}
+  assert found.row_ids == [row_id(rows[i]) for i in found.kept]
   assert seen == [(i, 6) for i in range(1, 7)]
 
 
@@ -166,6 +211,13 @@ def test_the_limit_itself_is_kept(processor):
   length = processor.length(make_rows(1)[0])
   kept = inspect(make_rows(1), processor, max_prompt_length=length).kept
   assert kept.tolist() == [0]
+
+
+def test_rows_that_were_not_chosen_are_not_looked_at(processor):
+  rows = [*make_rows(3), Example(problem="", answer="")]
+  found = inspect(rows, processor, rows=np.array([2, 0]))
+  assert found.kept.tolist() == [2, 0]
+  assert found.row_ids == [row_id(rows[2]), row_id(rows[0])]
 
 
 def test_long_responses_are_dropped_where_they_are_learned(processor):

@@ -2,7 +2,8 @@
 
 A row has a problem, an answer, and its pictures as paths, encoded bytes,
 {bytes, path} or base64 text. The problem is text with one <image> marker for
-each picture, or a list of messages (`jaxvlm.data.messages`).
+each picture, or a list of messages (`jaxvlm.data.messages`). Whatever further
+numbers, texts and truths it has are its columns.
 """
 
 import base64
@@ -13,7 +14,7 @@ import itertools
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import pyarrow
@@ -26,6 +27,7 @@ from jaxvlm.types import Example, Picture
 _SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*", b"MM")
 _LONGEST_PATH = 4096
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_SCALARS = bool | int | float | str
 _VIDEO_COLUMNS = ("videos", "video")
 
 
@@ -35,9 +37,8 @@ def source(
   problem_key: str = "problem",
   answer_key: str = "answer",
   images_key: str = "images",
-  response_key: str | None = None,
-  image_dir: str | None = None,
-  limit: int | None = None,
+  response_key: str = "",
+  image_dir: str = "",
 ) -> Sequence[Example]:
   """Reads files; pictures are opened when a row is used.
 
@@ -46,9 +47,8 @@ def source(
     problem_key: column of the text or the messages.
     answer_key: column of the answer, text or a number.
     images_key: column of the pictures; rows without any are text alone.
-    response_key: column of a written response, for SFT; None: there is none.
-    image_dir: where relative paths start; None: beside the file.
-    limit: take that many rows from the front; None: all.
+    response_key: column of a written response, for SFT; "": there is none.
+    image_dir: where relative paths start; "": beside the file.
 
   Raises:
     ValueError: a missing or broken file, no rows, a missing column, or a row
@@ -64,10 +64,9 @@ def source(
       "response": response_key,
     },
     image_dir=image_dir,
-    limit=limit,
   )
   if not len(rows):
-    raise ValueError(f"files: no rows in {path!r} (limit {limit}).")
+    raise ValueError(f"files: no rows in {path!r}.")
   rows.check()
   return rows
 
@@ -114,31 +113,28 @@ class _Rows(Sequence[Example]):
     self,
     tables: Sequence[_Table],
     *,
-    keys: Mapping[str, str | None],
-    image_dir: str | None,
-    limit: int | None,
+    keys: Mapping[str, str],
+    image_dir: str,
   ):
     self._tables = tables
     self._keys = keys
     self._image_dir = image_dir
     self._starts = [0, *itertools.accumulate(len(t) for t in tables)]
-    total = self._starts[-1]
-    self._length = total if limit is None else max(0, min(limit, total))
 
   def __len__(self) -> int:
-    return self._length
+    return self._starts[-1]
 
   def check(self) -> None:
     """Raises ValueError for the first row that cannot be used."""
-    target = str(self._keys["response"] or self._keys["answer"])
-    for table, start in zip(self._tables, self._starts, strict=False):
-      if self._length > start:
+    target = self._keys["response"] or self._keys["answer"]
+    for table in self._tables:
+      if len(table):
         present = table.keys()
-        keys = [str(self._keys["problem"]), target]
+        keys = [self._keys["problem"], target]
         self._check_columns(table.file, present, keys)
         keys += [key for key in _VIDEO_COLUMNS if key in present]
         rows = zip(*map(table.column, keys), strict=True)
-        for i, row in enumerate(itertools.islice(rows, self._length - start)):
+        for i, row in enumerate(rows):
           self._check_row(_name(table.file, i), *row)
 
   def _check_row(
@@ -182,8 +178,8 @@ class _Rows(Sequence[Example]):
     name = _name(table.file, number)
     row = table.row(number)
     root = pathlib.Path(self._image_dir or table.file.parent)
-    problem = row[str(self._keys["problem"])]
-    images = _pictures(row.get(str(self._keys["images"])), root, name)
+    problem = row[self._keys["problem"]]
+    images = _pictures(row.get(self._keys["images"]), root, name)
     messages: tuple[dict[str, Any], ...] = ()
     if isinstance(problem, list):
       messages, images, problem = read_messages(
@@ -194,11 +190,13 @@ class _Rows(Sequence[Example]):
       )
     return Example(
       problem=problem,
-      answer=_text(row.get(str(self._keys["answer"])), name),
+      answer=_text(row.get(self._keys["answer"]), name),
       images=images,
       name=name,
-      response=row.get(self._keys["response"] or "") or None,
+      response=row.get(self._keys["response"]) or None,
       messages=messages,
+      columns=_scalars(row, {*self._keys.values(), *_VIDEO_COLUMNS}),
+      image_root=str(root),
     )
 
 
@@ -249,6 +247,20 @@ def _read_json(file: pathlib.Path) -> list[dict[str, Any]]:
 
 def _name(file: pathlib.Path, row: int) -> str:
   return f"{file}[{row}]"
+
+
+def _scalars(
+  row: Mapping[str, Any], taken: Collection[str], prefix: str = ""
+) -> dict[str, Any]:
+  """The row's further columns; those of an object as "object.column"."""
+  found: dict[str, Any] = {}
+  for key, value in row.items():
+    key = prefix + key
+    if isinstance(value, Mapping) and key not in taken:
+      found |= _scalars(value, taken, f"{key}.")
+    elif key not in taken and isinstance(value, _SCALARS | None):
+      found[key] = value
+  return found
 
 
 def _text(value: Any, name: str) -> str:

@@ -139,13 +139,19 @@ def test_several_files_and_patterns_are_one_set(tmp_path):
   found = source(path=(str(tmp_path / "c.parquet"), pattern))
   problems = [e.problem for e in found]
   assert problems == ["20", "21", "10", "11", "00", "01"]
-  assert [e.problem for e in source(path=pattern, limit=3)] == problems[2:5]
-  assert len(source(path=pattern, limit=99)) == 4
+  assert [e.problem for e in source(path=pattern)] == problems[2:]
 
 
-def test_rows_beyond_the_limit_are_not_looked_at(tmp_path):
-  write_json(tmp_path / "rows.json", [*rows_of(2), {"problem": "no answer"}])
-  assert len(source(path=str(tmp_path / "rows.json"), limit=2)) == 2
+@pytest.mark.parametrize("name", WRITERS)
+def test_further_numbers_texts_and_truths_are_columns(tmp_path, name):
+  more = {"pass_rate": 0.5, "level": 3, "kind": "ocr", "good": True}
+  others = {"none": None, "list": [1], "extra": {"split": "a", "of": {"n": 1}}}
+  rows = rows_of(1, images=[], **more, **others)
+  WRITERS[name](tmp_path / name, rows)
+  example = source(path=str(tmp_path / name))[0]
+  flat = {"none": None, "extra.split": "a", "extra.of.n": 1}
+  assert example.columns == more | flat
+  assert example.image_root == str(tmp_path)
 
 
 @pytest.mark.parametrize(
