@@ -3,9 +3,10 @@
 It computes rewards and imports no jax, so it starts at once and may be killed
 at any time. Over the connection FD it first gets the names of the rewards and
 the wall limit of one call, and says ("ready",) or ("broken", why). Then, for
-each group it gets, as ([(completion, its tokens)], row), it answers one call
-after another: ("value", reward) for each completion and, within it, each
-reward; or ("failed", why), which ends that group.
+each group it gets, as ([(completion, its tokens)], row, places of the row's
+rewards), it answers one call after another: ("value", reward) for each
+completion and, within it, each of those rewards; or ("failed", why), which
+ends that group.
 """
 
 import math
@@ -28,10 +29,10 @@ def main(descriptor: int) -> None:
     names, timeout = connection.recv()
     rewards = _load(connection, names)
     while rewards:
-      answers, row = _receive(connection)
+      answers, row, asked = _receive(connection)
       example = types.SimpleNamespace(**row)
       for completion, example.completion_tokens in answers:
-        for reward in rewards:
+        for reward in (rewards[i] for i in asked):
           # If the trainer dies while a reward hangs, nobody is left to kill
           # this process; the kernel does, whoever holds the interpreter lock.
           signal.setitimer(signal.ITIMER_REAL, 2 * timeout + 1)

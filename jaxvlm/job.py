@@ -5,7 +5,7 @@ import functools
 import inspect
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from jaxvlm.find import find
 from jaxvlm.learner import Learner
 from jaxvlm.models import Network
 from jaxvlm.rollout.sampler import Sampler
-from jaxvlm.scoring import Scorer
+from jaxvlm.scoring import Rewards, Scorer, check_rewards
 from jaxvlm.stages import Stage, hold_schedule
 from jaxvlm.types import Params, Question
 
@@ -135,8 +135,12 @@ class Job:
         self.network, self.checkpoint, self.mesh, advance
       )
 
-  def make_scorer(self, rewards: tuple[tuple[str, float], ...]) -> Scorer:
-    return Scorer(rewards=rewards, **self.config["rewards"])
+  def make_scorer(
+    self, rewards: Rewards, row_rewards: Iterable[str] = ()
+  ) -> Scorer:
+    return Scorer(
+      rewards=rewards, row_rewards=row_rewards, **self.config["rewards"]
+    )
 
 
 def prepare(
@@ -233,8 +237,11 @@ def _schedule(config: Mapping[str, Any]) -> tuple[Stage, ...]:
   stages = tuple(Stage(name=name, **config["stages"][name]) for name in names)
   stages = hold_schedule(stages, config["hold_schedule"])
   for before, stage in zip((None, *stages), stages, strict=False):
-    for reward, _ in stage.rewards:
-      _check_reward(f"stages.{stage.name}.rewards", reward)
+    field = f"stages.{stage.name}"
+    _check_rewards(f"{field}.rewards", stage.rewards)
+    for name, entry in stage.data.items():
+      own = entry.get("rewards", ())
+      _check_rewards(f"{field}.data.{name}.rewards", own)
     if stage.reset_optimizer or before is None:
       continue
     if (before.optimizer, before.freeze) != (stage.optimizer, stage.freeze):
@@ -243,6 +250,17 @@ def _schedule(config: Mapping[str, Any]) -> tuple[Stage, ...]:
         f"freeze differ from those of {before.name}; make them equal or reset."
       )
   return stages
+
+
+def _check_rewards(field: str, rewards: Rewards) -> None:
+  try:
+    check_rewards(rewards)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"{field}: got {rewards!r}; expected (name, weight) of each: {error}"
+    ) from error
+  for name, _ in rewards:
+    _check_reward(field, name)
 
 
 def _check_reward(field: str, name: str) -> None:
@@ -274,6 +292,11 @@ def _check_evaluation(
       )
     field = f"evaluation.sets.{name}.reward"
     _check_reward(field, evaluation["sets"][name]["reward"])
+    if own := evaluation["sets"][name]["data"].get("rewards", ()):
+      raise ValueError(
+        f"evaluation.sets.{name}.data.rewards: got {own!r}; what is right is "
+        f"said by evaluation.sets.{name}.reward alone."
+      )
   for stage in schedule:
     if stage.promote == "latest":
       continue

@@ -2,13 +2,14 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Self
@@ -21,9 +22,13 @@ from jaxvlm.types import Example, Scores
 # Imports on a loaded machine take long, and no reward runs meanwhile.
 _START_LIMIT = 120.0
 
+Rewards = tuple[tuple[str, float], ...]  # (name, weight); first: accuracy
+
 
 class Scorer:
   """Gives each completion the weighted sum of its rewards.
+
+  A row's own rewards (`Example.rewards`) go before those of the scorer.
 
   The rewards run in processes of their own, which hold no pictures and no
   jax. A reward that raises, hangs or returns no finite number costs its group
@@ -34,29 +39,31 @@ class Scorer:
   def __init__(
     self,
     *,
-    rewards: tuple[tuple[str, float], ...],
+    rewards: Rewards,
     num_workers: int,
     timeout: float,
+    row_rewards: Iterable[str] = (),
   ):
     """Starts the workers and loads the rewards in each.
 
     Args:
-      rewards: pairs of a name and a weight; a name is what `rewards.load`
-        takes.
+      rewards: pairs of a name and a weight, of rows without their own; a name
+        is what `rewards.load` takes.
       num_workers: processes.
       timeout: seconds that one reward may take for one completion.
+      row_rewards: names of the rewards that rows may have of their own.
 
     Raises:
       ValueError: no rewards, one named twice or not to be loaded, a weight
         that is not finite, or fewer than one worker.
     """
-    self._names = tuple(name for name, _ in rewards)
+    self._rewards = rewards
+    own = [name for name, _ in rewards]
+    self._names = tuple(dict.fromkeys([*own, *row_rewards]))
     self._files = tuple(_absolute(name) for name in self._names)
-    self._weights = np.array([weight for _, weight in rewards], np.float64)
-    if not rewards or len(set(self._names)) < len(rewards):
-      raise ValueError(f"rewards: got {self._names}; name each once.")
-    if not np.isfinite(self._weights).all():
-      raise ValueError(f"rewards: a weight of {rewards} is not finite.")
+    if not self._names:
+      raise ValueError("rewards: got none; expected at least one.")
+    check_rewards(rewards)
     if num_workers < 1 or not timeout > 0:
       raise ValueError(
         f"rewards: num_workers={num_workers} and timeout={timeout} are to be "
@@ -105,7 +112,10 @@ class Scorer:
       raise ValueError(
         f"scoring: lengths of shape {lengths.shape} for completions {shape}."
       )
-    values = np.zeros((*shape, len(self._names)), np.float64)
+    asked = [example.rewards or self._rewards for example in examples]
+    weights, first = self._weights(asked, examples)
+    values = np.where(np.isnan(weights), np.nan, 0.0)[:, None]
+    values = np.repeat(values, shape[1], axis=1)  # [Q G R]
     counts = np.full(shape, None) if lengths is None else lengths
     try:
       failures = self._run(completions, examples, counts.tolist(), values)
@@ -113,13 +123,35 @@ class Scorer:
       self.close()
       raise
     failed = np.isin(np.arange(len(examples)), list(failures))
-    values[failed] = 0.0
+    values[failed] *= 0.0  # what does not apply remains so
     return Scores(
-      rewards=values @ self._weights,
+      rewards=np.nansum(values * weights[:, None], axis=-1),
       parts={name: values[..., i] for i, name in enumerate(self._names)},
       failed=failed,
+      accuracy=np.take_along_axis(values, first[:, None, None], -1)[..., 0],
       messages=tuple(failures[group] for group in sorted(failures)),
     )
+
+  def _weights(
+    self, asked: Sequence[Rewards], examples: Sequence[Example]
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Of each reward for each row [Q R], NaN: none; which is first [Q]."""
+    place = {name: i for i, name in enumerate(self._names)}
+    weights = np.full((len(asked), len(place)), np.nan)
+    first = np.zeros(len(asked), np.int64)
+    for q, (rewards, example) in enumerate(zip(asked, examples, strict=True)):
+      if not rewards:
+        raise ValueError(f"{example.name}: has no rewards, nor the scorer.")
+      for i, (name, weight) in enumerate(rewards):
+        if name not in place:
+          raise ValueError(
+            f"{example.name}: its reward {name!r} is none of the scorer's: "
+            f"{', '.join(place)}."
+          )
+        weights[q, place[name]] = weight
+        if i == 0:
+          first[q] = place[name]
+    return weights, first
 
   def close(self) -> None:
     """Ends the workers, busy or not."""
@@ -148,7 +180,8 @@ class Scorer:
         if waiting and worker.idle:
           group = waiting[0]
           answers = list(zip(completions[group], lengths[group], strict=True))
-          if worker.give(group, answers, examples[group]):
+          asked = np.flatnonzero(~np.isnan(values[group, 0])).tolist()
+          if worker.give(group, answers, examples[group], asked):
             waiting.popleft()
       until = min(worker.deadline for worker in self._workers)
       wait(
@@ -156,17 +189,18 @@ class Scorer:
         max(0.0, until - time.monotonic()),
       )
       for i, worker in enumerate(self._workers):
-        its_group, place = worker.group, worker.place
+        its_group, call = worker.group, worker.call
         why = worker.hear(values)
         if why is not None and its_group is not None:
-          failures[its_group] = self._message(examples[its_group], place, why)
+          failures[its_group] = self._message(examples[its_group], *call, why)
         if not worker.alive:
           worker.end()
           self._workers[i] = _Worker(self._files, self._timeout)
     return failures
 
-  def _message(self, example: Example, place: int, why: str) -> str:
-    completion, reward = divmod(place, len(self._names))
+  def _message(
+    self, example: Example, completion: int, reward: int, why: str
+  ) -> str:
     row = example.name or repr(example.problem[:60])
     return (
       f"reward {self._names[reward]!r} {why} on row {row}, completion "
@@ -178,13 +212,12 @@ class _Worker:
   """A process of jaxvlm.grading: starting, idle, busy with a group, dead."""
 
   def __init__(self, rewards: tuple[str, ...], timeout: float):
-    self._rewards = rewards
     self._timeout = timeout
     self._ready = False
-    self._calls = 0  # of the group
+    self._calls: list[tuple[int, int]] = []  # of the group
+    self._place = 0  # of the call under way, among these
     self.alive = True
     self.group: int | None = None
-    self.place = 0  # of the call under way, among the group's
     self.deadline = time.monotonic() + _START_LIMIT
     self.connection, theirs = Pipe()
     root = str(pathlib.Path(jaxvlm.__file__).parents[1])
@@ -204,6 +237,11 @@ class _Worker:
   def idle(self) -> bool:
     return self.alive and self._ready and self.group is None
 
+  @property
+  def call(self) -> tuple[int, int]:
+    """The completion and the reward under way; (0, 0): none is."""
+    return (0, 0) if self.group is None else self._calls[self._place]
+
   def await_start(self) -> None:
     """Raises ValueError if the rewards cannot be loaded."""
     while not self._ready:
@@ -215,19 +253,27 @@ class _Worker:
     group: int,
     answers: Sequence[tuple[str, int | None]],
     example: Example,
+    asked: Sequence[int],
   ) -> bool:
-    """Sends a group's (text, tokens) to score; False: the process is gone."""
+    """Sends a group's (text, tokens) to score; False: the process is gone.
+
+    Args:
+      group: its number.
+      answers: of each completion.
+      example: the row.
+      asked: places of the row's rewards among those loaded.
+    """
     row = {
       field.name: getattr(example, field.name)
       for field in dataclasses.fields(example)
     }
     try:
-      self.connection.send((answers, row | {"images": ()}))
+      self.connection.send((answers, row | {"images": ()}, asked))
     except (BrokenPipeError, ConnectionResetError):
       self._lose()
       return False
-    self.group, self.place = group, 0
-    self._calls = len(answers) * len(self._rewards)
+    self.group, self._place = group, 0
+    self._calls = list(itertools.product(range(len(answers)), asked))
     self.deadline = time.monotonic() + self._timeout
     return True
 
@@ -262,11 +308,10 @@ class _Worker:
       self._lose()
       return f"ended its process (exit status {self._process.wait()})"
     if kind == "value":
-      completion, reward = divmod(self.place, len(self._rewards))
-      values[self.group, completion, reward] = content[0]
-      self.place += 1
+      values[self.group, *self.call] = content[0]
+      self._place += 1
       self.deadline = time.monotonic() + self._timeout
-    if kind == "ready" or kind == "failed" or self.place == self._calls:
+    if kind == "ready" or kind == "failed" or self._place == len(self._calls):
       self._ready = self._ready or kind == "ready"
       self.group = None
       self.deadline = math.inf
@@ -276,6 +321,15 @@ class _Worker:
     self.alive = False
     self.group = None
     self.deadline = 0.0
+
+
+def check_rewards(rewards: Rewards) -> None:
+  """Raises ValueError for one named twice or a weight that is not finite."""
+  names = [name for name, _ in rewards]
+  if len(set(names)) < len(names):
+    raise ValueError(f"rewards: got {tuple(names)}; name each once.")
+  if not all(math.isfinite(weight) for _, weight in rewards):
+    raise ValueError(f"rewards: a weight of {rewards} is not finite.")
 
 
 def _absolute(name: str) -> str:

@@ -104,8 +104,13 @@ class Stage:
         "update_questions",
         f"expected at most rollout_questions = {self.rollout_questions}",
       )
-    if not self.rewards:
-      raise self._wrong("rewards", "expected at least one (name, weight)")
+    if not self.rewards and not all(
+      entry.get("rewards") for entry in self.data.values()
+    ):
+      raise self._wrong(
+        "rewards",
+        "expected at least one (name, weight), unless each data entry has its own",
+      )
     if self.kl_coef and self.reference == "none":
       raise self._wrong("kl_coef", "reference is none; expected 0")
 
@@ -132,6 +137,15 @@ class Stage:
           f"{self.updates_per_rollout} updates of {self.microbatches} "
           "microbatches)",
         )
+
+  @property
+  def row_rewards(self) -> list[str]:
+    """Names of the rewards that its data entries have of their own."""
+    return [
+      name
+      for entry in self.data.values()
+      for name, _ in entry.get("rewards", ())
+    ]
 
   def make_optimizer(self) -> Optimizer:
     return Optimizer(**self.optimizer)

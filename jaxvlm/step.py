@@ -35,6 +35,9 @@ class Batch:
       rewards=self.scores.rewards[rows],
       parts={name: part[rows] for name, part in self.scores.parts.items()},
       failed=self.scores.failed[rows],
+      accuracy=(
+        None if self.scores.accuracy is None else self.scores.accuracy[rows]
+      ),
     )
     return Batch(
       questions=[self.questions[q] for q in rows],
@@ -228,10 +231,11 @@ def rollout_metrics(batch: Batch) -> Metrics:
   }
   if scores.parts:  # a demonstration earns nothing
     local["reward"] = (scores.rewards[kept].sum(), rows)
-  for i, (name, part) in enumerate(scores.parts.items()):
-    local[f"reward/{name}"] = (part[kept].sum(), rows)
-    if i == 0:
-      local["accuracy"] = local[f"reward/{name}"]
+  for name, part in scores.parts.items():
+    paid = part[kept & ~np.isnan(part).any(1)]  # not of rows with their own
+    local[f"reward/{name}"] = (paid.sum(), float(paid.size))
+  if scores.accuracy is not None:
+    local["accuracy"] = (scores.accuracy[kept].sum(), rows)
   pairs = sharding.sum_over_hosts([list(pair) for pair in local.values()])
   return {
     n: (float(s), float(c)) for n, (s, c) in zip(local, pairs, strict=True)

@@ -55,7 +55,7 @@ def run(job: Job, display: Display) -> None:
       with (
         contextlib.nullcontext()
         if stage.kind == "sft"
-        else job.make_scorer(stage.rewards) as scorer,
+        else job.make_scorer(stage.rewards, stage.row_rewards) as scorer,
         display.stage(stage.name, steps=stage.steps, done=progress.step),
       ):
         while progress.step < stage.steps:

@@ -154,6 +154,9 @@ class Scores:
   """Rewards of a rollout, on the host."""
 
   rewards: np.ndarray  # float64 [Q G], weighted sum of the parts
-  parts: dict[str, np.ndarray]  # each reward by name, float64 [Q G]
+  # Each reward by name, float64 [Q G]; NaN where a row has rewards of its own.
+  parts: dict[str, np.ndarray]
   failed: np.ndarray  # bool [Q]: a reward raised, hung or returned NaN
+  # float64 [Q G], the first of each row's rewards; None: nothing was scored.
+  accuracy: np.ndarray | None = None
   messages: tuple[str, ...] = ()  # what failed, with reward and row named

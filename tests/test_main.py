@@ -71,6 +71,19 @@ def refused(launch, tmp_path):
       "none/mine.py: no such file",
     ),
     (
+      ["stages.perceive.data.rows.rewards=(('exact',1.0),('exact',0.1))"],
+      "stages.perceive.data.rows.rewards: got (('exact', 1.0), ('exact', 0.1)); ",
+    ),
+    (
+      ["stages.perceive.data.rows.filter=pass_rate>0", PERCEIVE],
+      "stages.perceive.data.rows.filter: 'pass_rate>0': no column 'pass_rate'; "
+      "there are answer, ",
+    ),
+    (
+      ["evaluation.sets.perceive.data.rewards=(('exact',1.0),)"],
+      "evaluation.sets.perceive.data.rewards: got (('exact', 1.0),); what is ",
+    ),
+    (
       ["evaluation.capabilities=('seeing',)"],
       "evaluation.capabilities: no set 'seeing'; there are perceive.",
     ),

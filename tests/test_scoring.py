@@ -1,5 +1,6 @@
 """scoring.py: rewards in processes that can be killed."""
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -73,6 +74,76 @@ def gone_within(pid, seconds):
   while alive(pid) and time.monotonic() < until:
     time.sleep(0.05)
   return not alive(pid)
+
+
+def test_a_row_with_rewards_of_its_own_is_scored_by_these_alone(file):
+  length, share = f"{file}:length", f"{file}:share(of=2)"
+  examples = [
+    dataclasses.replace(row, rewards=own)
+    for row, own in zip(
+      rows(4),
+      ((), ((length, 2.0), ("exact", 0.5)), ((share, -1.0),), ()),
+      strict=True,
+    )
+  ]
+  with Scorer(
+    rewards=(("exact", 1.0), ("format", 0.1)),
+    num_workers=2,
+    timeout=20.0,
+    row_rewards=[length, "exact", share],
+  ) as scorer:
+    scores = scorer.score([["\\boxed{3}", "3"]] * 4, examples)
+    other = dataclasses.replace(rows(1)[0], rewards=(("math", 1.0),))
+    with pytest.raises(ValueError, match=r"jsonl:0: its reward 'math' is none"):
+      scorer.score([["a"]], [other])
+  none = [np.nan, np.nan]
+  for name, want in (
+    ("exact", [[1, 0], [1, 0], none, [1, 0]]),
+    ("format", [[1, 0], none, none, [1, 0]]),
+    (length, [none, [9, 1], none, none]),
+    (share, [none, none, [4.5, 0.5], none]),
+  ):
+    np.testing.assert_array_equal(scores.parts[name], want, err_msg=name)
+  np.testing.assert_allclose(
+    scores.rewards, [[1.1, 0], [18.5, 2], [-4.5, -0.5], [1.1, 0]]
+  )
+  np.testing.assert_array_equal(
+    scores.accuracy, [[1, 0], [9, 1], [4.5, 0.5], [1, 0]]
+  )
+  assert not scores.failed.any()
+
+
+def test_a_failure_names_the_rows_own_reward(file):
+  bad = f"{file}:bad"
+  examples = [
+    dataclasses.replace(row, rewards=own)
+    for row, own in zip(
+      rows(2), ((("exact", 1.0), (bad, 1.0)), ()), strict=True
+    )
+  ]
+  with Scorer(
+    rewards=(("format", 1.0),),
+    num_workers=1,
+    timeout=20.0,
+    row_rewards=[bad, "exact"],
+  ) as scorer:
+    scores = scorer.score([["ok", "raise"]] * 2, examples)
+  assert scores.failed.tolist() == [True, False]
+  (message,) = scores.messages
+  assert message.startswith(f"reward {bad!r} raised KeyError")
+  assert "row set.jsonl:0, completion 1" in message
+  np.testing.assert_array_equal(scores.parts[bad], [[0, 0], [np.nan, np.nan]])
+  np.testing.assert_array_equal(scores.rewards[0], [0, 0])
+
+
+def test_a_scorer_may_have_the_rewards_of_rows_alone():
+  row = dataclasses.replace(rows(1)[0], rewards=(("exact", 1.0),))
+  with Scorer(
+    rewards=(), num_workers=1, timeout=20.0, row_rewards=["exact"]
+  ) as scorer:
+    assert scorer.score([["\\boxed{3}"]], [row]).rewards.tolist() == [[1.0]]
+    with pytest.raises(ValueError, match=r"jsonl:0: has no rewards"):
+      scorer.score([["3"]], rows(1))
 
 
 def test_rewards_are_the_weighted_sum_of_the_parts(file):
@@ -210,7 +281,7 @@ def test_a_file_is_found_from_where_the_scorer_was_made(file, monkeypatch):
     (("exact", "exact"), "name each once"),
     (("{dir}/mine.py:share",), "missing a required.*'of'"),
     (("{dir}/mine.py:share(off=1)",), "required.*'of'|unexpected.*'off'"),
-    ((), "name each once"),
+    ((), "got none"),
   ],
 )
 def test_bad_names_are_refused_before_any_step(file, names, why):

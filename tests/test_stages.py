@@ -121,6 +121,17 @@ def test_a_missing_or_misspelt_field_is_a_type_error():
     Stage(name="seeing", kind="grpo")
 
 
+def test_data_may_bring_its_own_rewards_in_place_of_the_stages():
+  own = {
+    "a": {"source": "files", "rewards": (("exact", 1.0), ("format", 0.1))},
+    "b": {"source": "files", "rewards": (("math", 1.0),)},
+  }
+  stage = make_stage(data=own, rewards=())
+  assert stage.row_rewards == ["exact", "format", "math"]
+  with pytest.raises(ValueError, match="unless each data entry has its own"):
+    make_stage(data=own | {"c": {"source": "files"}}, rewards=())
+
+
 def test_what_sft_does_not_read_may_be_anything():
   stage = make_stage(kind="sft", num_completions=1, temperature=0.0, rewards=())
   assert stage.make_objective().temperature == 1.0

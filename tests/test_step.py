@@ -60,7 +60,13 @@ def completions():
 
 @pytest.fixture
 def scores():
-  return Scores(rewards=REWARDS, parts={"exact": REWARDS}, failed=FAILED)
+  # Question 5 has another reward of its own.
+  own = np.arange(8)[:, None] == 5
+  parts = {
+    "exact": np.where(own, np.nan, REWARDS),
+    "mine": np.where(own, REWARDS, np.nan),
+  }
+  return Scores(rewards=REWARDS, parts=parts, failed=FAILED, accuracy=REWARDS)
 
 
 @pytest.fixture
@@ -114,7 +120,9 @@ def test_taking_rows_takes_them_everywhere(batch, questions):
   assert [q.question_id for q in taken.questions] == [103, 105]
   np.testing.assert_array_equal(taken.advantages, batch.advantages[rows])
   np.testing.assert_array_equal(taken.scores.rewards, REWARDS[rows])
-  np.testing.assert_array_equal(taken.scores.parts["exact"], REWARDS[rows])
+  np.testing.assert_array_equal(taken.scores.parts["exact"][0], REWARDS[3])
+  assert np.isnan(taken.scores.parts["exact"][1]).all()
+  np.testing.assert_array_equal(taken.scores.accuracy, REWARDS[rows])
   np.testing.assert_array_equal(taken.scores.failed, FAILED[rows])
   for found, whole in zip(
     jax.tree.leaves(taken.rollout), jax.tree.leaves(batch.rollout), strict=True
@@ -325,7 +333,8 @@ def test_a_rollouts_metrics_are_those_made_by_hand(batch):
   lengths = batch.rollout.completion_mask.sum()
   assert step.rollout_metrics(batch) == {
     "reward": (7.0, 18.0),  # six groups did not fail
-    "reward/exact": (7.0, 18.0),
+    "reward/exact": (5.0, 15.0),  # of five: question 5 has its own
+    "reward/mine": (2.0, 3.0),
     "accuracy": (7.0, 18.0),
     "length": (lengths, 24.0),
     "truncated": (6.0, 24.0),

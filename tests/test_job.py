@@ -1,0 +1,139 @@
+"""job.py: a stage's data entries become the mixture that they say."""
+
+import collections
+import json
+
+import pytest
+from rich.console import Console
+
+from configs import common
+from jaxvlm import job
+from jaxvlm.data.loader import Loader
+from jaxvlm.data.rows import row_id
+from jaxvlm.data.sources.files import source
+from jaxvlm.display import Display
+from jaxvlm.types import Question
+
+
+class Processor:
+  """Measures problems in letters and asks nothing else of a row."""
+
+  def length(self, example):
+    return len(example.problem)
+
+  def response_length(self, example):
+    return 0
+
+  def question(self, example, question_id):
+    nothing = dict.fromkeys(
+      ("prompt_ids", "position_ids", "pixel_values", "image_grid_thw")
+    )
+    return Question(question_id=question_id, example=example, **nothing)
+
+
+@pytest.fixture
+def opener():
+  console = Console(record=True, width=200)
+  with Display(console) as display:
+    yield job._Opener(Processor(), 20, display)
+
+
+def write(file, rows):
+  file.write_text("\n".join(json.dumps(row) for row in rows))
+  return str(file)
+
+
+def entry(path, **fields):
+  return common.data("files", path=path, **fields).to_dict()
+
+
+def test_weights_filters_limits_annotations_and_rewards_work_together(
+  opener, tmp_path
+):
+  a = write(
+    tmp_path / "a.jsonl",
+    [
+      {"problem": f"a{i}" + "long" * 9 * (i == 5), "answer": "1", "level": i}
+      for i in range(10)
+    ],
+  )
+  b = write(
+    tmp_path / "b.jsonl",
+    [{"problem": f"b{i}", "answer": "2"} for i in range(6)],
+  )
+  pass_rates = write(
+    tmp_path / "pass_rates.jsonl",
+    [
+      {"row_id": row_id(row), "pass_rate": i / 4}
+      for i, row in enumerate(source(path=b)[:5])
+    ],
+  )
+  order = "-level"
+  sources = {
+    "a": opener(
+      "data.a",
+      entry(a, weight=3.0, filter="level > 1", limit=5),
+      None,
+      order,
+    ),
+    "b": opener(
+      "data.b",
+      entry(
+        b,
+        annotations=pass_rates,
+        filter="pass_rate > 0 and pass_rate < 1",
+        rewards=(("exact", 1.0),),
+      ),
+      None,
+      "pass_rate",
+    ),
+  }
+  assert opener.dropped == {
+    "data.a": {
+      "outside the filter": 2,
+      "beyond limit 5": 3,
+      "over max_prompt_length 20": 1,
+    },
+    "data.b": {"outside the filter": 2, "without a value for the filter": 1},
+  }
+  assert (
+    "data.b: dropped 2 outside the filter, 1 without a value for the filter; "
+    "3 stay."
+  ) in opener.display.console.export_text()
+
+  def draw(total):
+    stream = Loader(
+      sources,
+      Processor(),
+      batch_size=8,
+      seed=0,
+      process_index=0,
+      process_count=1,
+      shuffle=True,
+      total=total,
+    )
+    return [q.example for _ in range(3) for q in next(stream)]
+
+  drawn = draw(None)
+  counts = collections.Counter(example.problem for example in drawn)
+  assert {n for n in counts if n[0] == "a"} == {"a2", "a3", "a4", "a6"}
+  assert {n for n in counts if n[0] == "b"} == {"b1", "b2", "b3"}
+  assert sum(counts[n] for n in counts if n[0] == "a") == 18
+  for example in drawn:
+    own = example.problem[0] == "b"
+    assert example.rewards == ((("exact", 1.0),) if own else ())
+    assert ("pass_rate" in example.columns) == own
+  ordered = draw(24)
+  assert collections.Counter(e.problem for e in ordered) == counts
+  keys = [
+    -e.columns["level"] if "level" in e.columns else e.columns["pass_rate"]
+    for e in ordered
+  ]
+  assert keys == sorted(keys)
+
+
+def test_an_entry_without_a_field_is_told_where_to_get_it(opener):
+  with pytest.raises(ValueError, match=r"d: has no annotations, filter, limit"):
+    opener("d", {"source": "files", "weight": 1.0, "rewards": ()}, None, "")
+  with pytest.raises(ValueError, match=r"d: source 'files': .*'pth'"):
+    opener("d", common.data("files", path="a", pth="a").to_dict(), None, "")
