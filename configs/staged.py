@@ -77,12 +77,14 @@ def files() -> ConfigDict:
 def _file() -> ConfigDict:
   return common.data(
     "files",
-    path="",
-    problem_key="problem",
-    answer_key="answer",
-    images_key="images",
-    response_key="",
-    image_dir="",
+    path="",  # a file, pattern or directory; @split after it takes a split
+    form="easyr1",  # easyr1 | trl | verl | ms_swift | vlm_r1
+    problem_key="",  # "": the form's, as for the next two
+    answer_key="",
+    images_key="",
+    response_key="",  # of what SFT learns
+    image_dir="",  # where relative paths start; "": beside the file
+    problem="",  # asked of every row in place of its own
   )
 
 

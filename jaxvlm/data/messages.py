@@ -78,6 +78,7 @@ def read_messages(
   *,
   read_picture: Callable[[Any], Picture],
   name: str,
+  unmarked: bool = True,
 ) -> Conversation:
   """Reads a row's message list.
 
@@ -89,6 +90,7 @@ def read_messages(
       before the first user turn that is plain text, as TRL does.
     read_picture: reads what an image part holds.
     name: of the row.
+    unmarked: False: pictures without any image part or marker are refused.
 
   Raises:
     ValueError: another role, type or key, a video, or pictures that are not
@@ -108,7 +110,7 @@ def read_messages(
       "user's. A written response belongs in a column of its own "
       "(response_key)."
     )
-  if images and not found:
+  if images and not found and unmarked:
     messages = _pictures_first(messages, len(images))
     found = [None] * count_images(messages)
   asked = sum(picture is None for picture in found)
@@ -123,6 +125,26 @@ def read_messages(
     tuple(next(following) if p is None else p for p in found),
     _as_text(messages[-1]["content"]),
   )
+
+
+def split_answered(value: Sequence[Any]) -> tuple[list[Any], str | None]:
+  """A conversation without the assistant's last turn, and what that says.
+
+  Turns may also be {from, value}, as LLaVA and VLM-R1 write them.
+  """
+  turns = [_renamed(turn) for turn in value]
+  last = turns[-1] if turns else None
+  if not isinstance(last, Mapping) or last.get("role") != "assistant":
+    return turns, None
+  said = last.get("content")
+  return turns[:-1], said if isinstance(said, str) else None
+
+
+def _renamed(turn: Any) -> Any:
+  if not isinstance(turn, Mapping) or "from" not in turn:
+    return turn
+  role = {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"])
+  return {"role": role, "content": turn.get("value")}
 
 
 def _message(message: Any, i: int, name: str) -> tuple[Message, list[Any]]:

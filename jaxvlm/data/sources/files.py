@@ -1,4 +1,4 @@
-"""Rows of parquet, JSON and JSONL files, as EasyR1 and HF datasets write them.
+"""Rows of parquet, JSON, JSONL and datasets' files, in the forms of five trainers.
 
 A row has a problem, an answer, and its pictures as paths, encoded bytes,
 {bytes, path} or base64 text. The problem is text with one <image> marker for
@@ -9,18 +9,15 @@ numbers, texts and truths it has are its columns.
 import base64
 import binascii
 import bisect
-import glob
+import dataclasses
 import itertools
-import json
 import pathlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, overload
 
-import pyarrow
-import pyarrow.parquet
-
-from jaxvlm.data.messages import read_messages
+from jaxvlm.data.messages import MARKER, read_messages, split_answered
+from jaxvlm.data.tables import Table, look_up, open_tables
 from jaxvlm.types import Example, Picture
 
 # JPEG, PNG, GIF, WebP (RIFF), BMP, TIFF.
@@ -31,39 +28,83 @@ _SCALARS = bool | int | float | str
 _VIDEO_COLUMNS = ("videos", "video")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+  """How a trainer writes its rows."""
+
+  problem: str
+  answer: str
+  images: str
+  # Whether pictures without a marker or part go before the first user turn.
+  unmarked: bool = True
+  # Whether conversations end with the assistant's turn: the written response,
+  # and the answer of rows without that column.
+  answered: bool = False
+
+
+FORMS = {
+  "easyr1": Form(problem="problem", answer="answer", images="images"),
+  "trl": Form(problem="prompt", answer="solution", images="images"),
+  "verl": Form(
+    problem="prompt",
+    answer="reward_model.ground_truth",
+    images="images",
+    unmarked=False,
+  ),
+  "ms_swift": Form(
+    problem="messages", answer="solution", images="images", answered=True
+  ),
+  "vlm_r1": Form(
+    problem="conversations", answer="solution", images="image", answered=True
+  ),
+}
+_OTHER_NAMES = {"images": "image", "image": "images"}  # where one is not there
+
+
 def source(
   *,
   path: str | Sequence[str],
-  problem_key: str = "problem",
-  answer_key: str = "answer",
-  images_key: str = "images",
+  form: str = "easyr1",
+  problem_key: str = "",
+  answer_key: str = "",
+  images_key: str = "",
   response_key: str = "",
   image_dir: str = "",
+  problem: str = "",
 ) -> Sequence[Example]:
   """Reads files; pictures are opened when a row is used.
 
   Args:
-    path: a file or glob pattern, or several; .parquet, .json or .jsonl.
-    problem_key: column of the text or the messages.
+    path: a file, glob pattern or directory, or several; @split after it takes
+      one split (`jaxvlm.data.tables`).
+    form: whose rows they are: a name in FORMS.
+    problem_key: column of the text or the messages; "object.column" for one
+      of an object. "": the form's, as for the next two.
     answer_key: column of the answer, text or a number.
     images_key: column of the pictures; rows without any are text alone.
     response_key: column of a written response, for SFT; "": there is none.
     image_dir: where relative paths start; "": beside the file.
+    problem: asked of every row in place of its own, after its pictures; "":
+      each row's own.
 
   Raises:
     ValueError: a missing or broken file, no rows, a missing column, or a row
       without problem or answer or with a video; names file and row.
   """
-  tables = [_Table(file) for file in _find_files(path)]
+  if form not in FORMS:
+    raise ValueError(f"files: no form {form!r}; there are {', '.join(FORMS)}.")
+  own = FORMS[form]
   rows = _Rows(
-    tables,
-    keys={
-      "problem": problem_key,
-      "answer": answer_key,
-      "images": images_key,
-      "response": response_key,
-    },
+    open_tables(path),
+    form=dataclasses.replace(
+      own,
+      problem=problem_key or own.problem,
+      answer=answer_key or own.answer,
+      images=images_key or own.images,
+    ),
+    response_key=response_key,
     image_dir=image_dir,
+    problem=problem,
   )
   if not len(rows):
     raise ValueError(f"files: no rows in {path!r}.")
@@ -71,54 +112,23 @@ def source(
   return rows
 
 
-class _Table:
-  """The rows of one file; parquet stays in Arrow's memory, still encoded."""
-
-  def __init__(self, file: pathlib.Path):
-    self.file = file
-    self._columns: pyarrow.Table | list[dict[str, Any]]
-    if file.suffix == ".parquet":
-      try:
-        self._columns = pyarrow.parquet.read_table(file)
-      except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{file}: not readable as parquet: {error}") from error
-    else:
-      self._columns = _read_json(file)
-
-  def __len__(self) -> int:
-    return len(self._columns)
-
-  def keys(self) -> list[str]:
-    if isinstance(self._columns, list):
-      return sorted({key for row in self._columns for key in row})
-    return self._columns.column_names
-
-  def column(self, key: str) -> Iterable[Any]:
-    """One value at a time: messages may hold their pictures."""
-    if isinstance(self._columns, list):
-      return (row.get(key) for row in self._columns)
-    return (value.as_py() for value in self._columns.column(key))
-
-  def row(self, i: int) -> dict[str, Any]:
-    if isinstance(self._columns, list):
-      return self._columns[i]
-    names = self._columns.column_names
-    return {name: self._columns.column(name)[i].as_py() for name in names}
-
-
 class _Rows(Sequence[Example]):
   """All rows of all files, made into examples one at a time."""
 
   def __init__(
     self,
-    tables: Sequence[_Table],
+    tables: Sequence[Table],
     *,
-    keys: Mapping[str, str],
+    form: Form,
+    response_key: str,
     image_dir: str,
+    problem: str,
   ):
     self._tables = tables
-    self._keys = keys
+    self._form = form
+    self._response_key = response_key
     self._image_dir = image_dir
+    self._problem = problem
     self._starts = [0, *itertools.accumulate(len(t) for t in tables)]
 
   def __len__(self) -> int:
@@ -126,41 +136,37 @@ class _Rows(Sequence[Example]):
 
   def check(self) -> None:
     """Raises ValueError for the first row that cannot be used."""
-    target = self._keys["response"] or self._keys["answer"]
+    target = self._response_key or self._form.answer
     for table in self._tables:
-      if len(table):
-        present = table.keys()
-        keys = [self._keys["problem"], target]
-        self._check_columns(table.file, present, keys)
-        keys += [key for key in _VIDEO_COLUMNS if key in present]
-        rows = zip(*map(table.column, keys), strict=True)
-        for i, row in enumerate(rows):
-          self._check_row(_name(table.file, i), *row)
+      if not len(table):
+        continue
+      keys = [] if self._problem else [self._form.problem]
+      said = self._form.answered and not table.has(target)
+      keys += [] if said else [target]  # else in the conversation's last turn
+      self._check_columns(table, keys)
+      keys += [key for key in _VIDEO_COLUMNS if table.has(key)]
+      for i, row in enumerate(zip(*map(table.column, keys), strict=True)):
+        self._check_row(table.name(i), dict(zip(keys, row, strict=True)))
 
-  def _check_row(
-    self, name: str, problem: Any, target: Any, *videos: Any
-  ) -> None:
-    if not isinstance(problem, str | list) or not problem:
+  def _check_row(self, name: str, row: Mapping[str, Any]) -> None:
+    key = self._form.problem
+    if key in row and (not isinstance(row[key], str | list) or not row[key]):
       raise ValueError(
-        f"{name}: {self._keys['problem']!r} is {problem!r}; expected text or "
-        "a list of messages."
+        f"{name}: {key!r} is {row[key]!r}; expected text or a list of messages."
       )
-    if any(videos):
+    if any(row.get(key) for key in _VIDEO_COLUMNS):
       raise ValueError(f"{name}: has videos; only pictures are supported.")
-    if not _text(target, name):
-      raise ValueError(
-        f"{name}: no {self._keys['response'] or self._keys['answer']!r}; "
-        "each row needs one."
-      )
+    target = self._response_key or self._form.answer
+    if target in row and not _text(row[target], name):
+      raise ValueError(f"{name}: no {target!r}; each row needs one.")
 
-  def _check_columns(
-    self, file: pathlib.Path, present: Sequence[str], keys: Sequence[str]
-  ) -> None:
+  def _check_columns(self, table: Table, keys: Sequence[str]) -> None:
     for key in keys:
-      if key not in present:
+      if not table.has(key):
         raise ValueError(
-          f"{file}: no column {key!r}; there are {', '.join(present)}. "
-          "Name yours with problem_key, answer_key and response_key."
+          f"{table.file}: no column {key!r}; there are "
+          f"{', '.join(table.keys())}. Name yours with problem_key, answer_key "
+          f"and response_key, or another form of {', '.join(FORMS)}."
         )
 
   @overload
@@ -175,78 +181,49 @@ class _Rows(Sequence[Example]):
     i %= len(self)
     at = bisect.bisect_right(self._starts, i) - 1
     table, number = self._tables[at], i - self._starts[at]
-    name = _name(table.file, number)
-    row = table.row(number)
+    return self._example(table.row(number), table, table.name(number))
+
+  def _example(self, row: dict[str, Any], table: Table, name: str) -> Example:
+    form = self._form
     root = pathlib.Path(self._image_dir or table.file.parent)
-    problem = row[self._keys["problem"]]
-    images = _pictures(row.get(self._keys["images"]), root, name)
+    problem = look_up(row, form.problem)
+    pictures = look_up(row, form.images)
+    if pictures is None:
+      pictures = row.get(_OTHER_NAMES.get(form.images, ""))
+    images = _pictures(pictures, root, name)
+    answer, said = look_up(row, form.answer), None
     messages: tuple[dict[str, Any], ...] = ()
     if isinstance(problem, list):
+      if form.answered:
+        problem, said = split_answered(problem)
+        answer = said if answer is None else answer
       messages, images, problem = read_messages(
         problem,
         images,
         read_picture=lambda item: _picture(item, root, name),
         name=name,
+        unmarked=form.unmarked,
       )
+    if self._problem:
+      messages, problem = (), MARKER * len(images) + self._problem
+    response = look_up(row, self._response_key) if self._response_key else said
     return Example(
       problem=problem,
-      answer=_text(row.get(self._keys["answer"]), name),
+      answer=_text(answer, name),
       images=images,
       name=name,
-      response=row.get(self._keys["response"]) or None,
+      response=response or None,
       messages=messages,
-      columns=_scalars(row, {*self._keys.values(), *_VIDEO_COLUMNS}),
+      columns=_scalars(row, self._taken),
       image_root=str(root),
     )
 
-
-def _find_files(path: str | Sequence[str]) -> list[pathlib.Path]:
-  patterns = [path] if isinstance(path, str) else list(path)
-  files: list[pathlib.Path] = []
-  for pattern in patterns:
-    pattern = str(pathlib.Path(pattern).expanduser())
-    if pathlib.Path(pattern).is_file():
-      found = [pattern]
-    else:
-      found = sorted(glob.glob(pattern, recursive=True))
-    if not found:
-      raise ValueError(
-        f"files: no such file {pattern!r} (from {pathlib.Path.cwd()})."
-      )
-    files += [pathlib.Path(name).resolve() for name in found]
-  if not files:
-    raise ValueError("files: path is empty; name at least one file.")
-  for file in files:
-    if file.suffix not in (".parquet", ".json", ".jsonl") or file.is_dir():
-      raise ValueError(
-        f"{file}: expected a .parquet, .json or .jsonl file; for a directory "
-        "give a pattern such as data/*.parquet."
-      )
-  return files
-
-
-def _read_json(file: pathlib.Path) -> list[dict[str, Any]]:
-  text = file.read_text(encoding="utf-8")
-  whole = text.lstrip().startswith("[")
-  rows: list[Any] = []
-  # Not splitlines: JSON strings may hold other line separators.
-  for i, part in enumerate([text] if whole else text.split("\n")):
-    try:
-      if part.strip():
-        rows += json.loads(part) if whole else [json.loads(part)]
-    except json.JSONDecodeError as error:
-      raise ValueError(
-        f"{file}: line {i + error.lineno} is not JSON ({error.msg}); expected "
-        "one list of rows, or one row a line."
-      ) from error
-  for i, row in enumerate(rows):
-    if not isinstance(row, dict):
-      raise ValueError(f"{_name(file, i)}: is {row!r}; expected an object.")
-  return rows
-
-
-def _name(file: pathlib.Path, row: int) -> str:
-  return f"{file}[{row}]"
+  @property
+  def _taken(self) -> set[str]:
+    """Columns that are more than a row's further ones."""
+    form = self._form
+    own = {form.problem, form.answer, form.images, self._response_key}
+    return own | {*_VIDEO_COLUMNS, *_OTHER_NAMES}
 
 
 def _scalars(
@@ -285,7 +262,7 @@ def _pictures(value: Any, root: pathlib.Path, name: str) -> tuple[Picture, ...]:
 
 def _picture(item: Any, root: pathlib.Path, name: str) -> Picture:
   if isinstance(item, dict):
-    item = item.get("bytes") or item.get("path")
+    item = item.get("bytes") or item.get("path") or item.get("image")
   if isinstance(item, bytes):
     return item
   if not isinstance(item, str) or not item:

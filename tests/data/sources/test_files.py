@@ -298,6 +298,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
   for path in (str(tmp_path / "rows.csv"), str(tmp_path)):
     with pytest.raises(ValueError, match=r"expected a \.parquet"):
       source(path=path)
+  with pytest.raises(ValueError, match="no form 'vrel'; there are easyr1, trl"):
+    source(path=str(tmp_path), form="vrel")
   (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
   with pytest.raises(ValueError, match=r"cut\.parquet: not readable"):
     source(path=str(tmp_path / "cut.parquet"))
@@ -320,3 +322,186 @@ def test_a_missing_picture_is_named_when_it_is_read(tmp_path, processor):
     match=r"rows\.json\[0\]: picture 1: .* no such file: .*gone\.png",
   ):
     processor.length(example)
+
+
+# -- other trainers' rows ------------------------------------------------------
+
+
+def read(tmp_path, row, **arguments):
+  write_parquet(tmp_path / "rows.parquet", [row])
+  return source(path=str(tmp_path / "rows.parquet"), **arguments)[0]
+
+
+def verl_row(content="<image>How many?", images=1):
+  """As verl's examples/data_preprocess/geo3k.py writes it."""
+  return {
+    "data_source": "hiyouga/geometry3k",
+    "prompt": [{"role": "user", "content": content}],
+    "images": [{"bytes": png(), "path": None}] * images,
+    "ability": "math",
+    "reward_model": {"style": "rule", "ground_truth": "4"},
+    "extra_info": {"split": "train", "index": 7, "answer": "4"},
+  }
+
+
+def test_verls_rows_are_read_with_their_source_as_a_column(tmp_path):
+  example = read(tmp_path, verl_row(), form="verl")
+  assert (example.problem, example.answer) == ("<image>How many?", "4")
+  np.testing.assert_array_equal(load_picture(example.images[0]), PICTURE)
+  assert example.columns == {
+    "data_source": "hiyouga/geometry3k",
+    "ability": "math",
+    "reward_model.style": "rule",
+    "extra_info.split": "train",
+    "extra_info.index": 7,
+    "extra_info.answer": "4",
+  }
+  other = read(
+    tmp_path, verl_row(), form="verl", answer_key="extra_info.answer"
+  )
+  assert "extra_info.answer" not in other.columns
+
+
+@pytest.mark.parametrize(
+  ("content", "images"),
+  [("How many?", 1), ("<image><image>", 1), ("<image>", 0)],
+)
+def test_verls_markers_are_as_many_as_its_pictures(tmp_path, content, images):
+  row = verl_row(content, images) | ({} if images else {"images": None})
+  with pytest.raises(ValueError, match=r"rows\.parquet\[0\]: . image parts"):
+    read(tmp_path, row, form="verl")
+
+
+def test_a_row_without_the_key_of_its_form_is_refused(tmp_path):
+  row = verl_row() | {"reward_model": {"style": "rule"}}
+  with pytest.raises(ValueError, match=r"\[0\]: no 'reward_model\.ground_tr"):
+    read(tmp_path, row, form="verl")
+  del row["reward_model"]
+  with pytest.raises(
+    ValueError, match=r"no column 'reward_model\.ground_truth'"
+  ):
+    read(tmp_path, row, form="verl")
+
+
+@pytest.mark.parametrize("pictures", ["image", "images"])
+def test_trls_rows_are_read(tmp_path, pictures):
+  picture = {"bytes": png(), "path": None}
+  row = {
+    "prompt": [{"role": "user", "content": "What color is the sky?"}],
+    pictures: picture if pictures == "image" else [picture],
+    "solution": "blue",
+    "level": 2,
+  }
+  example = read(tmp_path, row, form="trl")
+  assert example.problem == "<image>What color is the sky?"
+  assert (example.answer, example.columns) == ("blue", {"level": 2})
+  assert len(example.images) == 1
+
+
+def test_ms_swifts_rows_are_read(tmp_path):
+  messages = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "<image>How many?"},
+    {"role": "assistant", "content": "<think>2+2</think> 4"},
+  ]
+  row = {"messages": messages, "images": ["a.png"], "solution": "4"}
+  example = read(tmp_path, row, form="ms_swift")
+  assert [m["role"] for m in example.messages] == ["system", "user"]
+  assert example.problem == "<image>How many?"
+  assert (example.answer, example.response) == ("4", "<think>2+2</think> 4")
+  example = read(tmp_path, row | {"messages": messages[:2]}, form="ms_swift")
+  assert (example.answer, example.response) == ("4", None)
+
+
+def test_vlm_r1s_rows_are_read(tmp_path):
+  row = {
+    "id": 3,
+    "image": "a.png",
+    "conversations": [
+      {"from": "human", "value": "<image>How many?"},
+      {"from": "gpt", "value": "4"},
+    ],
+  }
+  example = read(tmp_path, row, form="vlm_r1")
+  assert (example.problem, example.answer) == ("<image>How many?", "4")
+  assert example.images == (str(tmp_path / "a.png"),)
+  assert example.columns == {"id": 3}
+  assert example.messages[-1]["role"] == "user"
+
+
+def test_a_text_may_be_asked_of_every_row(tmp_path):
+  message = {"role": "user", "content": "<image>a <image>b"}
+  for problem in ("<image>a <image>b", [message]):
+    row = {
+      "problem": problem,
+      "images": ["a.png", "b.png"],
+      "caption": "A dog.",
+    }
+    asked = {"problem": "Describe.", "response_key": "caption"}
+    example = read(tmp_path, row, **asked)
+    assert example.problem == "<image><image>Describe."
+    assert (example.response, example.messages) == ("A dog.", ())
+  del row["problem"]
+  assert read(tmp_path, row, **asked) == example
+  with pytest.raises(ValueError, match="no column 'problem'"):
+    read(tmp_path, row, response_key="caption")
+
+
+@pytest.mark.filterwarnings("ignore")  # of datasets' own imports
+def test_what_datasets_saves_is_what_it_reads(tmp_path):
+  import datasets  # slow, and of this test alone
+
+  datasets.disable_progress_bars()
+  picture = PIL.Image.fromarray(PICTURE)
+  saved = datasets.Dataset.from_dict(
+    {
+      "problem": ["<image>a", "b", "<image><image>c"],
+      "answer": [1, 2, 3],
+      "images": [[picture], [], [picture, picture]],
+      "kind": ["x", "y", None],
+    },
+    features=datasets.Features(
+      {
+        "problem": datasets.Value("string"),
+        "answer": datasets.Value("int64"),
+        "images": datasets.Sequence(datasets.Image()),
+        "kind": datasets.Value("string"),
+      }
+    ),
+  )
+  saved.save_to_disk(tmp_path / "one", num_shards=2)
+  fewer = saved.filter(lambda row: row["answer"] != 2)
+  splits = datasets.DatasetDict({"train": saved, "dev": fewer})
+  splits.save_to_disk(tmp_path / "several")
+  (tmp_path / "hub" / "data").mkdir(parents=True)
+  (tmp_path / "hub" / "dataset_infos.json").write_text("{}")
+  for name, split in splits.items():
+    split.to_parquet(tmp_path / f"hub/data/{name}-00000-of-00001.parquet")
+  for path, expected in (
+    ("one", saved),
+    ("one@train", saved),
+    ("several@train", saved),
+    ("several@dev", fewer),
+    ("hub@train", saved),
+    ("hub@dev", fewer),
+    ("hub/data/*@dev", fewer),
+  ):
+    found = source(path=str(tmp_path / path))
+    assert len(found) == len(expected)
+    for example, row in zip(found, expected, strict=True):
+      assert example.problem == row["problem"]
+      assert example.answer == str(row["answer"])
+      assert example.columns == {"kind": row["kind"]}
+      pictures = [load_picture(image) for image in example.images]
+      assert len(pictures) == len(row["images"])
+      for ours, theirs in zip(pictures, row["images"], strict=True):
+        np.testing.assert_array_equal(ours, np.asarray(theirs))
+  for path, message in (
+    ("several", "has the splits train, dev; got ''. Choose one, as .*@train"),
+    ("several@test", "has the splits train, dev; got 'test'"),
+    ("one@dev", "is one data set without a split 'dev'"),
+    ("hub", "has the splits train, validation; choose one, as"),
+    ("hub@test", "has no split 'test'; its files are data/dev-00000"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      source(path=str(tmp_path / path))
