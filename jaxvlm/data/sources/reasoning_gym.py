@@ -1,0 +1,123 @@
+"""Verifiable textual tasks of reasoning-gym, as many as are asked for.
+
+Needs `pip install 'jaxvlm[reasoning-gym]'`. Its reward `reasoning_gym` makes
+the row again in the worker that scores it, so a row is a pure function of
+(task, seed, index); tasks of which that is not so are refused.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+from jaxvlm.types import Example
+
+# Of reasoning-gym 0.1.25: these come from the order of a Python set of texts,
+# which differs from process to process.
+UNSTABLE = (
+  "isomorphic_strings",
+  "knight_swap",
+  "polynomial_multiplication",
+  "ransom_note",
+  "word_ladder",
+)
+
+
+def source(
+  *,
+  tasks: Sequence[str],
+  size: int,
+  seed: int,
+  configs: Mapping[str, Mapping[str, Any]],
+) -> Sequence[Example]:
+  """Rows of each task in turn.
+
+  Args:
+    tasks: names of reasoning-gym's data sets.
+    size: number of rows.
+    seed: of the rows; another seed gives others.
+    configs: by task, fields of its own config; {}: as they are.
+
+  Raises:
+    ValueError: reasoning-gym is not installed, an unknown or unstable task, a
+      config that it does not take, or no size.
+  """
+  try:
+    import reasoning_gym.factory  # an extra, and slow to import
+  except ImportError as error:
+    raise ValueError(
+      f"reasoning_gym: {error}; pip install 'jaxvlm[reasoning-gym]'."
+    ) from error
+  tasks = [tasks] if isinstance(tasks, str) else list(tasks)
+  known = sorted(set(reasoning_gym.factory.DATASETS) - {"composite"})
+  for name in [*tasks, *configs]:
+    if name not in known:
+      raise ValueError(
+        f"reasoning_gym: no task {name!r}; there are {', '.join(known)}."
+      )
+    if name in UNSTABLE:
+      raise ValueError(
+        f"reasoning_gym: the rows of {name!r} differ from process to process, "
+        "so no run could be resumed; leave it out."
+      )
+  if not tasks or size < 1:
+    raise ValueError(
+      f"reasoning_gym: got tasks {tasks} and size {size}; expected at least "
+      "one task and one row."
+    )
+  share = -(-size // len(tasks))
+  opened = []
+  for name in tasks:
+    settings = dict(configs.get(name, {})) | {
+      "seed": _own_seed(name, seed),
+      "size": share,
+    }
+    recipe = json.dumps({"name": name} | settings)
+    try:
+      opened.append((name, recipe, _open(recipe)))
+    except (AssertionError, TypeError, ValueError) as error:
+      raise ValueError(f"reasoning_gym: {name}: {error}.") from error
+  return _Tasks(opened, size)
+
+
+def _own_seed(name: str, seed: int) -> int:
+  """reasoning-gym's row i of seed s is row i - 1 of seed s + 1: far apart."""
+  digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
+  return int.from_bytes(digest[:4], "little") // 2
+
+
+@functools.cache
+def _open(recipe: str) -> Any:
+  import reasoning_gym
+
+  return reasoning_gym.create_dataset(**json.loads(recipe))
+
+
+class _Tasks(Sequence[Example]):
+  def __init__(self, tasks: Sequence[tuple[str, str, Any]], size: int):
+    self._tasks = tasks  # name, what it is made from, the data set
+    self._size = size
+
+  def __len__(self) -> int:
+    return self._size
+
+  @overload
+  def __getitem__(self, i: int) -> Example: ...
+  @overload
+  def __getitem__(self, i: slice) -> Sequence[Example]: ...
+  def __getitem__(self, i: int | slice) -> Example | Sequence[Example]:
+    if isinstance(i, slice):
+      return [self[j] for j in range(*i.indices(len(self)))]
+    if not -len(self) <= i < len(self):
+      raise IndexError(f"reasoning_gym: {i} of {self._size}")
+    index, which = divmod(i % self._size, len(self._tasks))
+    name, recipe, task = self._tasks[which]
+    entry = task[index]
+    return Example(
+      problem=entry["question"],
+      answer=entry["answer"] or "",
+      task=name,
+      name=f"reasoning_gym/{name}[{index}]",
+      columns={"recipe": recipe, "index": index},
+    )
