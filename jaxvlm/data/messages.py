@@ -5,12 +5,12 @@ a picture, or a list of parts: {type: text, text} and {type: image}. Text in a
 part is literal, as in transformers.
 """
 
-import json
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxvlm.types import Picture
+from jaxvlm.types import Example, Picture
 
 MARKER = "<image>"
 _MARKERS = re.compile(r"<image>|<video>")
@@ -51,6 +51,46 @@ def split_markers(text: str, name: str) -> Content:
     if piece:
       parts.append({"type": "text", "text": piece})
   return parts
+
+
+def turns(example: Example) -> list[Message]:
+  """A row's conversation; a problem alone is one turn of the user's.
+
+  Raises:
+    ValueError: as `split_markers`.
+  """
+  if example.messages:
+    return list(example.messages)
+  content = split_markers(example.problem, example.name)
+  return [{"role": "user", "content": content}]
+
+
+def in_words(example: Example, texts: Sequence[str]) -> Example:
+  """The row with a text in place of each picture; "": nothing there.
+
+  Raises:
+    ValueError: as `split_markers`, or texts that are not one a picture.
+  """
+  messages = turns(example)
+  if (count := count_images(messages)) != len(texts):
+    raise ValueError(
+      f"{example.name}: {len(texts)} texts in place of {count} pictures."
+    )
+  following = iter(texts)
+  for i, message in enumerate(messages):
+    if count_images([message]):
+      said = [
+        part["text"] if part["type"] == "text" else next(following)
+        for part in message["content"]
+      ]
+      # Literal, as strings are: a text may hold what looks like a marker.
+      messages[i] = message | {"content": "".join(said).strip()}
+  return dataclasses.replace(
+    example,
+    problem=_as_text(messages[-1]["content"]),
+    messages=tuple(messages),
+    images=(),
+  )
 
 
 def count_images(messages: Sequence[Message]) -> int:
@@ -146,15 +186,6 @@ def _renamed(turn: Any) -> Any:
     return turn
   role = {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"])
   return {"role": role, "content": turn.get("value")}
-
-
-def encode_messages(messages: Sequence[Message]) -> str:
-  """A conversation as text; "": there is none."""
-  return json.dumps(list(messages)) if messages else ""
-
-
-def decode_messages(text: str) -> list[Message]:
-  return json.loads(text)
 
 
 def _message(message: Any, i: int, name: str) -> tuple[Message, list[Any]]:

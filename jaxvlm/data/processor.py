@@ -18,7 +18,7 @@ from jaxvlm.data.messages import (
   MARKER,
   Message,
   count_images,
-  split_markers,
+  turns,
   with_suffix,
 )
 from jaxvlm.data.pictures import (
@@ -230,10 +230,8 @@ class Processor:
     return rows * self.layout.patch_size, columns * self.layout.patch_size
 
   def _messages(self, example: Example) -> list[Message]:
-    messages, what = list(example.messages), "image parts in the messages"
-    if not messages:
-      content = split_markers(example.problem, example.name)
-      messages = [{"role": "user", "content": content}]
+    messages, what = turns(example), "image parts in the messages"
+    if not example.messages:
       what = f"{MARKER} markers in the problem"
     if (count := count_images(messages)) != len(example.images):
       raise ValueError(

@@ -91,7 +91,10 @@ def _read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
     raise ValueError(f"{file}: annotations are a .parquet or .jsonl file.")
   try:
     if file.suffix == ".parquet":
-      return pyarrow.parquet.read_table(file).to_pylist()
+      schema = pyarrow.parquet.read_schema(file)
+      # Not the pictures, where the file has them.
+      names = [f.name for f in schema if not pyarrow.types.is_nested(f.type)]
+      return pyarrow.parquet.read_table(file, columns=names).to_pylist()
     lines = file.read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line.strip()]
   except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -150,6 +153,20 @@ class Rows(Sequence[Example]):
     if self._rewards:
       example = dataclasses.replace(example, rewards=self._rewards)
     return example
+
+  def further(self, rows: Sequence[int]) -> pyarrow.Table:
+    """The columns that these rows have beside problem, answer and pictures.
+
+    Raises:
+      ValueError: one has values of several types.
+    """
+    if hasattr(self._examples, "further"):  # from files: whatever they hold
+      return self._examples.further(rows)
+    columns = [dict(self._examples[i].columns) for i in rows]
+    names = dict.fromkeys(name for row in columns for name in row)
+    return pyarrow.table(
+      {name: [row.get(name) for row in columns] for name in names}
+    )
 
   def check_annotated(self, name: str) -> None:
     """Raises ValueError where annotations lack rows; says how many."""

@@ -8,7 +8,7 @@ import glob
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow
@@ -73,6 +73,14 @@ class Table:
       values = (value.as_py() for value in self._columns.column(top))
     return (look_up({top: value}, key) for value in values)
 
+  def without(self, keys: Collection[str]) -> pyarrow.Table:
+    """All columns but these."""
+    names = [key for key in self.keys() if key not in keys]
+    if isinstance(self._columns, list):
+      columns = {n: pyarrow.array(list(self.column(n))) for n in names}
+      return pyarrow.table(columns)
+    return self._columns.select(names)
+
   def row(self, i: int) -> dict[str, Any]:
     if isinstance(self._columns, list):
       return self._columns[i]
@@ -87,6 +95,27 @@ def look_up(row: Mapping[str, Any], key: str) -> Any:
   top, _, rest = key.partition(".")
   below = row.get(top)
   return look_up(below, rest) if rest and isinstance(below, Mapping) else None
+
+
+def further_columns(
+  tables: Sequence[Table], taken: Collection[str]
+) -> pyarrow.Table:
+  """The columns of all the rows, but for those that are taken.
+
+  Raises:
+    ValueError: one has values of several types.
+  """
+  parts = []
+  try:
+    for table in tables:
+      parts.append(table.without(taken))
+    return pyarrow.concat_tables(parts, promote_options="permissive")
+  except pyarrow.ArrowException as error:
+    file = tables[min(len(parts), len(tables) - 1)].file
+    raise ValueError(
+      f"{file}: a column has values of several types, which no parquet holds: "
+      f"{error}"
+    ) from error
 
 
 def open_tables(path: str | Sequence[str]) -> list[Table]:

@@ -9,7 +9,7 @@ import torch
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
-from jaxvlm.data.messages import read_messages
+from jaxvlm.data.messages import in_words, read_messages
 from jaxvlm.types import Example
 
 HF_MODELS = {
@@ -297,3 +297,33 @@ def test_an_example_made_elsewhere_is_checked_too(processor):
   )
   with pytest.raises(ValueError, match=r"mine: 1 image parts .* 0 pictures"):
     processor.length(example)
+
+
+def test_a_text_takes_the_place_of_each_picture_and_is_taken_literally():
+  example = Example(
+    problem="see <image> and <image>?", answer="x", images=(A, B), name="row"
+  )
+  said = in_words(example, ["<image>", ""])
+  assert said.problem == "see <image> and ?"
+  assert said.messages == ({"role": "user", "content": "see <image> and ?"},)
+  assert said.images == () and said.answer == "x"
+  with pytest.raises(ValueError, match="row: 1 texts in place of 2 pictures"):
+    in_words(example, ["one"])
+
+
+def test_turns_without_pictures_stay_as_they_are():
+  parts = [{"type": "image"}, {"type": "text", "text": ""}, text(" now")]
+  messages = (
+    {"role": "system", "content": " be brief\n"},
+    {"role": "user", "content": parts},
+    {"role": "assistant", "content": "ok "},
+    {"role": "user", "content": [text("why?")]},
+  )
+  example = Example(problem="why?", answer="x", images=(A,), messages=messages)
+  said = in_words(example, ["a cat,"])
+  assert said.messages == (
+    messages[0],
+    {"role": "user", "content": "a cat, now"},
+    *messages[2:],
+  )
+  assert said.problem == "why?"

@@ -200,3 +200,20 @@ def test_the_order_is_a_number_of_each_row():
     order_keys(rows, np.array([4]), name="o", order="task")
   with pytest.raises(ValueError, match=r"o: .* no column 'rat'"):
     order_keys(rows, np.array([4]), name="o", order="rat")
+
+
+def test_annotations_are_read_without_pictures_and_other_lists(tmp_path):
+  table = pyarrow.table(
+    {"row_id": ["a"], "rate": [0.5], "images": [[{"bytes": b"", "path": ""}]]}
+  )
+  pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+  found = read_annotations(str(tmp_path / "a.parquet"))
+  assert found == {"a": {"rate": 0.5}}
+
+
+def test_further_columns_of_rows_in_memory_are_those_they_have():
+  rows = make_entry(make_rows(3))
+  assert rows.further([2, 1]).to_pylist() == [
+    {"rate": None, "late": None},
+    {"rate": 0.25, "late": 1},
+  ]

@@ -1,10 +1,12 @@
 """A path stands for the files that it says, and @split for some of them."""
 
+import json
 import pathlib
 
+import pyarrow.parquet
 import pytest
 
-from jaxvlm.data.tables import look_up, open_tables
+from jaxvlm.data.tables import further_columns, look_up, open_tables
 
 
 @pytest.fixture
@@ -83,3 +85,26 @@ def test_a_value_is_looked_up_below_objects():
   assert look_up(row, "a.b.c") == 1
   for key in ("a.c", "x.y", "z", "z.z"):
     assert look_up(row, key) is None
+
+
+def test_further_columns_are_those_of_all_files_that_are_not_taken(tmp_path):
+  table = pyarrow.table({"problem": ["1"], "n": [1], "tags": [["a", "b"]]})
+  pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+  row = {"problem": "2", "n": 2, "level": {"of": "three"}}
+  (tmp_path / "b.jsonl").write_text(json.dumps(row))
+  tables = open_tables([str(tmp_path / n) for n in ("a.parquet", "b.jsonl")])
+  assert further_columns(tables, {"problem"}).to_pylist() == [
+    {"n": 1, "tags": ["a", "b"], "level": None},
+    {"n": 2, "tags": None, "level": {"of": "three"}},
+  ]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_column_of_several_types_is_refused_by_file(tmp_path, together):
+  lines = [json.dumps({"n": value}) for value in (1, "two")]
+  (tmp_path / "a.jsonl").write_text("\n".join(lines[: 1 + together]))
+  (tmp_path / "b.jsonl").write_text(lines[1])
+  tables = open_tables(str(tmp_path / "*.jsonl"))
+  file = "a" if together else "b"
+  with pytest.raises(ValueError, match=f"{file}.jsonl: a column has values of"):
+    further_columns(tables, ())
