@@ -406,18 +406,22 @@ def check_config(
   path = pathlib.Path(workdir) / "config.json"
   if not path.exists():
     return
-  before = _flat(json.loads(path.read_text()))
-  after = _flat(json.loads(json.dumps(config)))
-  changed = [
-    f"  {field}: {before.get(field, 'absent')} -> {after.get(field, 'absent')}"
-    for field in sorted(before.keys() | after.keys())
-    if before.get(field) != after.get(field)
-  ]
+  changed = changes(json.loads(path.read_text()), config)
   if changed:
     raise ValueError(
       f"{path.parent}: was made with another config. Use another workdir, or "
       "the old values of\n" + "\n".join(changed)
     )
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+  """A line for each field in which two configs differ, "  field: old -> new"."""
+  old, new = _flat(before), _flat(json.loads(json.dumps(after)))
+  return [
+    f"  {field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
+    for field in sorted(old.keys() | new.keys())
+    if old.get(field) != new.get(field)
+  ]
 
 
 def write_config(

@@ -1,10 +1,10 @@
 """Runs `python -m jaxvlm.main` again and again, its imports made once.
 
 A server on stdin and stdout: each line in is a JSON object, each line out a
-number. {"argv": [...], "env": {...}, "out": file, "err": file} forks a process
-that runs the module, and answers its pid; {"wait": pid} answers its exit
-status (negative: the signal that killed it). With arguments it is no server,
-but one run of the module with these. Either way neither torch nor torchvision
+number. {"argv": [...], "env": {...}, "out": file, "err": file, "script": ""}
+forks a process that runs the module, or the script, and answers its pid;
+{"wait": pid} answers its exit status (negative: the signal that killed it).
+With arguments it is no server, but one run of the module with these. Either way neither torch nor torchvision
 can be imported, as on a machine where PyTorch is not installed.
 """
 
@@ -36,8 +36,8 @@ def hide(*packages: str) -> None:
   finder.find_spec = find  # type: ignore
 
 
-def serve() -> bool:
-  """Answers until stdin ends; True in a run that is to begin."""
+def serve() -> str | None:
+  """Answers until stdin ends; in a run that is to begin, its script."""
   while line := sys.stdin.readline():
     request = json.loads(line)
     if "wait" in request:
@@ -47,29 +47,34 @@ def serve() -> bool:
       answer = os.fork()
       if not answer:
         become(**request)
-        return True
+        return request["script"]
     print(answer, flush=True)
-  return False
+  return None
 
 
-def become(argv: list[str], env: dict[str, str], out: str, err: str) -> None:
+def become(
+  argv: list[str], env: dict[str, str], out: str, err: str, script: str
+) -> None:
   """Takes on what the process of a run would have been started with."""
   for name, descriptor in ((out, 1), (err, 2)):
     file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, descriptor)
   os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
   os.environ.update(env)
-  sys.argv = ["jaxvlm.main", *argv]
+  sys.argv = [script or "jaxvlm.main", *argv]
 
 
 def main() -> None:
   hide("torch", "torchvision")
+  script: str | None = ""
   if len(sys.argv) == 1:
     for module in _IMPORTS:
       importlib.import_module(module)
-    if not serve():
-      return
-  runpy.run_module("jaxvlm.main", run_name="__main__", alter_sys=True)
+    script = serve()
+  if script:
+    runpy.run_path(script, run_name="__main__")
+  elif script is not None:
+    runpy.run_module("jaxvlm.main", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

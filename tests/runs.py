@@ -71,8 +71,11 @@ class Launcher:
       text=True,
     )
 
-  def __call__(self, *argv, **env):
-    """Starts a run; "field=value" stands for "--config.field=value"."""
+  def __call__(self, *argv, script="", **env):
+    """Starts a run, of main or of another script that takes its flags.
+
+    "field=value" stands for "--config.field=value".
+    """
     out, err = (
       self._home / f"{next(self._count)}.{name}" for name in ("out", "err")
     )
@@ -81,7 +84,9 @@ class Launcher:
       *config,
       *(f"--config.{a}" if a[0] != "-" and "=" in a else a for a in argv),
     ]
-    pid = self.ask(argv=argv, env=env, out=str(out), err=str(err))
+    pid = self.ask(
+      argv=argv, env=env, out=str(out), err=str(err), script=str(script)
+    )
     return Run(self, pid, out, err)
 
   def ask(self, **request):
