@@ -6,6 +6,7 @@ part is literal, as in transformers.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -186,6 +187,15 @@ def _renamed(turn: Any) -> Any:
     return turn
   role = {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"])
   return {"role": role, "content": turn.get("value")}
+
+
+def encode_messages(messages: Sequence[Message]) -> str:
+  """A conversation as text; "": there is none."""
+  return json.dumps(list(messages)) if messages else ""
+
+
+def decode_messages(text: str) -> list[Message]:
+  return json.loads(text)
 
 
 def _message(message: Any, i: int, name: str) -> tuple[Message, list[Any]]:

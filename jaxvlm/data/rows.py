@@ -161,7 +161,9 @@ class Rows(Sequence[Example]):
       ValueError: one has values of several types.
     """
     if hasattr(self._examples, "further"):  # from files: whatever they hold
-      return self._examples.further(rows)
+      found = self._examples.further(rows)
+      if found is not None:
+        return found
     columns = [dict(self._examples[i].columns) for i in rows]
     names = dict.fromkeys(name for row in columns for name in row)
     return pyarrow.table(

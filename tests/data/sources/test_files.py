@@ -67,6 +67,12 @@ def test_every_format_gives_the_same_rows(tmp_path, name):
     found[3]
 
 
+def test_a_column_task_is_the_rows_task(tmp_path):
+  write_json(tmp_path / "rows.json", rows_of(1, task="ocr"))
+  example = source(path=str(tmp_path / "rows.json"))[0]
+  assert (example.task, example.columns) == ("ocr", {"task": "ocr"})
+
+
 def encoded():
   text = base64.b64encode(png()).decode()
   return {
@@ -151,6 +157,7 @@ def test_further_numbers_texts_and_truths_are_columns(tmp_path, name):
   example = source(path=str(tmp_path / name))[0]
   flat = {"none": None, "extra.split": "a", "extra.of.n": 1}
   assert example.columns == more | flat
+  assert example.task == ""
   assert example.image_root == str(tmp_path)
 
 
@@ -298,8 +305,9 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
   for path in (str(tmp_path / "rows.csv"), str(tmp_path)):
     with pytest.raises(ValueError, match=r"expected a \.parquet"):
       source(path=path)
+  write_jsonl(tmp_path / "good.jsonl", rows_of(1))
   with pytest.raises(ValueError, match="no form 'vrel'; there are easyr1, trl"):
-    source(path=str(tmp_path), form="vrel")
+    source(path=str(tmp_path / "good.jsonl"), form="vrel")
   (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
   with pytest.raises(ValueError, match=r"cut\.parquet: not readable"):
     source(path=str(tmp_path / "cut.parquet"))
