@@ -143,6 +143,8 @@ def data(source: str, **fields: object) -> ConfigDict:
       # A parquet or JSONL file of further columns by row_id; "": none.
       "annotations": "",
       "rewards": (),  # (name, weight) of these rows; (): the stage's
+      # Multiple choice in another order at each draw, letters and answer too.
+      "shuffle_options": False,
     }
   )
   entry.update(fields)

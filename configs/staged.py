@@ -83,6 +83,7 @@ def _file() -> ConfigDict:
     answer_key="",
     images_key="",
     response_key="",  # of what SFT learns
+    options_key="",  # of a list, to be put below the problem as "A. text"
     image_dir="",  # where relative paths start; "": beside the file
     problem="",  # asked of every row in place of its own
   )

@@ -28,7 +28,10 @@ from jaxvlm.stages import Stage, hold_schedule
 from jaxvlm.types import Params, Question
 
 # What any data entry of a config has beside its source's own fields.
-_ENTRY = ("source", "weight", "filter", "limit", "annotations", "rewards")
+_ENTRY = (
+  *("source", "weight", "filter", "limit", "annotations", "rewards"),
+  "shuffle_options",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,7 +195,7 @@ def prepare(
     held_out.append(
       HeldOutRows(
         capability=capability,
-        questions=loader.questions(rows.examples, processor, rows.kept),
+        questions=loader.questions(rows, processor, config["seed"]),
         reward=entry["reward"],
       )
     )
@@ -362,7 +365,7 @@ class _Opener:
         f"{field}: has no {', '.join(missing)}; common.data of "
         "configs/common.py gives an entry all its fields."
       )
-    name, weight, filter, limit, annotations, rewards = (
+    name, weight, filter, limit, annotations, rewards, shuffle_options = (
       entry[field] for field in _ENTRY
     )
     arguments = {k: v for k, v in entry.items() if k not in _ENTRY}
@@ -372,7 +375,13 @@ class _Opener:
     except TypeError as error:
       raise ValueError(f"{field}: source {name!r}: {error}.") from error
     rows = Rows(source(**arguments), annotations=annotations, rewards=rewards)
-    chosen = select(rows, name=field, filter=filter, limit=limit)
+    chosen = select(
+      rows,
+      name=field,
+      filter=filter,
+      limit=limit,
+      shuffle_options=shuffle_options,
+    )
     with self.display.task(f"read {field}", total=len(chosen.rows)) as advance:
       found = loader.inspect(
         rows,
@@ -390,4 +399,6 @@ class _Opener:
     keys = None
     if order:
       keys = order_keys(rows, found.kept, name=f"{field}: order", order=order)
-    return Source(weight, rows, found.kept, found.row_ids, keys)
+    return Source(
+      weight, rows, found.kept, found.row_ids, keys, shuffle_options
+    )

@@ -20,7 +20,6 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from jaxvlm import models, train
-from jaxvlm.data import loader
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.sources import files
 from jaxvlm.rollout.sampler import Draws, Sampler
@@ -265,7 +264,7 @@ def test_the_export_loads_in_transformers_and_answers_greedily_as_here(
     system_prompt=None,
   )
   rows = files.source(path=str(project / "held_out.parquet"))
-  questions = loader.questions(rows, processor, range(4))
+  questions = [processor.question(rows[i], i) for i in range(4)]
   network = models.load_network(
     export, dtype="float32", param_dtype="float32", remat="none"
   )

@@ -19,6 +19,7 @@ from typing import Any, Protocol, overload
 import pyarrow
 
 from jaxvlm.data.messages import MARKER, read_messages, split_answered
+from jaxvlm.data.options import find_letter, with_options
 from jaxvlm.data.tables import Table, further_columns, look_up
 from jaxvlm.types import Example, Picture
 
@@ -84,6 +85,7 @@ def read_examples(
   answer_key: str,
   images_key: str,
   response_key: str,
+  options_key: str,
   image_dir: str,
   problem: str,
 ) -> Sequence[Example]:
@@ -105,6 +107,7 @@ def read_examples(
       images=images_key or own.images,
     ),
     response_key=response_key,
+    options_key=options_key,
     image_dir=image_dir,
     problem=problem,
   )
@@ -121,12 +124,14 @@ class _Examples(Sequence[Example]):
     *,
     form: Form,
     response_key: str,
+    options_key: str,
     image_dir: str,
     problem: str,
   ):
     self._tables = tables
     self._form = form
     self._response_key = response_key
+    self._options_key = options_key
     self._image_dir = image_dir
     self._problem = problem
     self._starts = [0, *itertools.accumulate(len(t) for t in tables)]
@@ -156,7 +161,9 @@ class _Examples(Sequence[Example]):
       keys = [] if self._problem else [self._form.problem]
       said = self._form.answered and not table.has(target)
       keys += [] if said else [target]  # else in the conversation's last turn
-      self._check_columns(table, keys)
+      self._check_columns(
+        table, keys + [self._options_key] * bool(self._options_key)
+      )
       keys += [key for key in _VIDEO_COLUMNS if table.has(key)]
       for i, row in enumerate(zip(*map(table.column, keys), strict=True)):
         self._check_row(table.name(i), dict(zip(keys, row, strict=True)))
@@ -219,12 +226,18 @@ class _Examples(Sequence[Example]):
       )
     if self._problem:
       messages, problem = (), MARKER * len(images) + self._problem
+    answer = _text(answer, name)
+    if self._options_key:
+      if messages:
+        raise ValueError(f"{name}: options beside messages; write them there.")
+      options = look_up(row, self._options_key)
+      problem, answer = _with_options(problem, answer, options, name)
     response = look_up(row, self._response_key) if self._response_key else said
     columns = _scalars(row, self._taken)
     task = columns.get("task")
     return Example(
       problem=problem,
-      answer=_text(answer, name),
+      answer=answer,
       images=images,
       name=name,
       response=response or None,
@@ -240,6 +253,28 @@ class _Examples(Sequence[Example]):
     form = self._form
     own = {form.problem, form.answer, form.images, self._response_key}
     return own | {*_VIDEO_COLUMNS, *_OTHER_NAMES}
+
+
+def _with_options(
+  problem: str, answer: str, options: Any, name: str
+) -> tuple[str, str]:
+  """The problem with its options below it, and the letter of the answer."""
+  if isinstance(options, Mapping):
+    options = [options[letter] for letter in sorted(options) if options[letter]]
+  if not isinstance(options, list):
+    raise ValueError(f"{name}: the options are {options!r}; expected a list.")
+  try:
+    problem = with_options(problem, options)
+  except ValueError as error:
+    raise ValueError(f"{name}: {error}") from error
+  texts = [str(option).strip() for option in options]
+  letter = find_letter(answer, texts)
+  if letter is None:
+    raise ValueError(
+      f"{name}: the answer {answer!r} is not the letter or the text of one of "
+      f"the options {texts}."
+    )
+  return problem, letter
 
 
 def _scalars(

@@ -2,13 +2,14 @@
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxvlm.data.options import shuffled
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.rows import combined_seed, row_id
 from jaxvlm.types import Example, Question
@@ -23,6 +24,22 @@ class Source(NamedTuple):
   row_ids: Sequence[str]  # of those
   # What the stage's draws are sorted by, for each of those; None: unordered.
   keys: Float[np.ndarray, " N"] | None = None
+  shuffle_options: bool = False  # anew at each draw
+
+  def draw(self, number: int, draw: int, seed: int) -> Example:
+    """The kept row of this number, as a draw of this number shows it."""
+    example = self.examples[self.kept[number]]
+    if not self.shuffle_options:
+      return example
+    return shuffled(example, f"{seed} {self.row_ids[number]} {draw}")
+
+
+class Draw(NamedTuple):
+  """One of a mixture's stream."""
+
+  source: str
+  row: int  # among the source's kept rows
+  number: int  # of the draw; an ordered stream keeps it
 
 
 class Inspected(NamedTuple):
@@ -113,10 +130,13 @@ def _within(
 
 
 def questions(
-  examples: Sequence[Example], processor: Processor, ids: Iterable[int]
+  source: Source, processor: Processor, seed: int
 ) -> list[Question]:
-  """The rows with these indices, in this order; question_id is the index."""
-  return [processor.question(examples[i], int(i)) for i in ids]
+  """The kept rows in order; question_id is the index among all rows."""
+  return [
+    processor.question(source.draw(number, int(i), seed), int(i))
+    for number, i in enumerate(source.kept)
+  ]
 
 
 class Loader:
@@ -163,9 +183,9 @@ class Loader:
     _check(sources, batch_size, process_count)
     own = batch_size // process_count
 
-    def prepare(place: int, at: tuple[str, int]) -> Question:
-      source, number = sources[at[0]], at[1]
-      return processor.question(source.examples[source.kept[number]], place)
+    def prepare(place: int, at: Draw) -> Question:
+      example = sources[at.source].draw(at.row, at.number, seed)
+      return processor.question(example, place)
 
     draws = _mix(sources, seed, shuffle)
     if total is not None:
@@ -217,7 +237,7 @@ def _check(
 def _mix(
   sources: Mapping[str, Source], seed: int, shuffle: bool
 ) -> grain.MapDataset:
-  """The endless stream of (source name, number among its kept rows)."""
+  """The endless stream of draws."""
   seeds = {
     name: combined_seed(seed, source.row_ids)
     for name, source in sources.items()
@@ -231,7 +251,8 @@ def _mix(
     if shuffle:
       rows = rows.shuffle(seed=seeds[name])
     parts.append(rows.repeat())
-  return grain.MapDataset.mix(parts, [sources[n].weight for n in names])
+  mixture = grain.MapDataset.mix(parts, [sources[n].weight for n in names])
+  return mixture.map_with_index(lambda number, at: Draw(at[0], at[1], number))
 
 
 def _sorted(
@@ -240,10 +261,10 @@ def _sorted(
   """The first `total` draws by their keys, again and again."""
   first = [draws[i] for i in range(total)]
   keys = []
-  for name, number in first:
-    found = sources[name].keys
+  for draw in first:
+    found = sources[draw.source].keys
     assert found is not None
-    keys.append(found[number])
+    keys.append(found[draw.row])
   order = np.argsort(keys, kind="stable")
   return grain.MapDataset.source([first[i] for i in order]).repeat()
 

@@ -14,12 +14,14 @@ import pyarrow.parquet
 from jaxtyping import Float, Int
 
 from jaxvlm.data.expressions import Expression
+from jaxvlm.data.options import read_choices
 from jaxvlm.types import Example, Picture
 
 T = TypeVar("T")
 
 ROW_ID = "row_id"  # the column of annotations that names a row
 # Why rows are dropped.
+_UNREAD = "without options that are certain"
 _OUTSIDE, _UNKNOWN = "outside the filter", "without a value for the filter"
 
 
@@ -195,7 +197,12 @@ class Selected(NamedTuple):
 
 
 def select(
-  rows: Rows, *, name: str, filter: str, limit: int | None
+  rows: Rows,
+  *,
+  name: str,
+  filter: str,
+  limit: int | None,
+  shuffle_options: bool,
 ) -> Selected:
   """The rows for which the filter is true, and of these the first.
 
@@ -205,6 +212,8 @@ def select(
     filter: a column expression; "": all rows. A row for which it is unknown,
       as it has no value in a column, is dropped.
     limit: so many of those that are left; None: all.
+    shuffle_options: whether a row without options that are read with certainty
+      is dropped.
 
   Raises:
     ValueError: a filter that cannot be asked of a row, a row without
@@ -226,6 +235,16 @@ def select(
       )
   else:
     rows.check_annotated(name)
+  if shuffle_options:
+    read = [i for i in kept.tolist() if read_choices(rows[i]) is not None]
+    if not read:
+      raise ValueError(
+        f"{name}.shuffle_options: none of {len(kept)} rows has options in lines "
+        "'A. text' and an answer among them that can be read with certainty."
+      )
+    if len(read) < len(kept):
+      dropped[_UNREAD] = len(kept) - len(read)
+    kept = np.array(read, np.int64)
   if limit is not None and limit < 1:
     raise ValueError(f"{name}.limit: got {limit}; expected 1 or more.")
   if limit is not None and len(kept) > limit:

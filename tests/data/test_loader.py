@@ -1,5 +1,6 @@
 """The stream is the same for any number of hosts and goes on where it was."""
 
+import collections
 import json
 import time
 
@@ -167,12 +168,46 @@ def test_mixtures_that_cannot_be_are_refused(processor, mixture):
 
 
 def test_questions_keep_order_and_index(processor):
-  got = loader.questions(make_rows(5), processor, np.array([3, 1]))
+  rows = whole(make_rows(5), kept=np.array([3, 1]))
+  got = loader.questions(rows, processor, 0)
   assert [(q.question_id, q.example.problem) for q in got] == [
     (3, "3"),
     (1, "1"),
   ]
   assert type(got[0].question_id) is int
+
+
+def test_options_come_in_another_order_at_each_draw(processor):
+  problem = "Which?\nA. cat\nB. dog\nC. cow\nD. hen"
+  row = Example(problem=problem, answer="B", name="a")
+  source = whole([row, row])._replace(shuffle_options=True)
+
+  def draws(**changes):
+    stream = make_loader(processor, {"a": source}, **changes)
+    return [q.example for _ in range(8) for q in next(stream)]
+
+  drawn = draws()
+  for example in drawn:
+    assert f"\n{example.answer}. dog" in example.problem
+  assert {example.answer for example in drawn} == set("ABCD")
+  assert draws() == drawn != draws(seed=1)
+  stream = make_loader(processor, {"a": source})
+  next(stream)
+  state = stream.get_state()
+  again = make_loader(processor, {"a": source})
+  again.set_state(state)
+  assert [q.example for q in next(again)] == drawn[4:8]
+  ordered = source._replace(keys=np.array([1.0, 0.0]))
+  stream = make_loader(processor, {"a": ordered}, total=32)
+  assert collections.Counter(
+    q.example.problem for _ in range(8) for q in next(stream)
+  ) == collections.Counter(example.problem for example in drawn)
+  held_out = loader.questions(source, processor, 0)
+  assert [q.example for q in held_out] == [
+    q.example for q in loader.questions(source, processor, 0)
+  ]
+  kept = whole([row])
+  assert next(make_loader(processor, {"a": kept}))[0].example.answer == "B"
 
 
 def inspect(examples, processor, rows=None, **changes):

@@ -37,9 +37,13 @@ def make_entry(examples, annotations="", rewards=()):
   return Rows(examples, annotations=annotations, rewards=rewards)
 
 
-def picked(examples, filter="", limit=None, **entry):
+def picked(examples, filter="", limit=None, shuffle_options=False, **entry):
   found = select(
-    make_entry(examples, **entry), name="d", filter=filter, limit=limit
+    make_entry(examples, **entry),
+    name="d",
+    filter=filter,
+    limit=limit,
+    shuffle_options=shuffle_options,
   )
   return found.rows.tolist(), found.dropped
 
@@ -118,6 +122,26 @@ def test_a_limit_is_of_the_rows_that_the_filter_leaves():
   assert picked(rows, limit=9) == ([*range(8)], {})
   with pytest.raises(ValueError, match=r"d\.limit: got 0"):
     picked(rows, limit=0)
+
+
+def test_rows_without_certain_options_are_dropped_where_these_are_shuffled():
+  rows = [
+    dataclasses.replace(row, problem=f"?\nA. a{i}\nB. b{i}", answer="A")
+    if i % 2
+    else row
+    for i, row in enumerate(make_rows(8))
+  ]
+  assert picked(rows, "task == 'b' or rate > 1", 3, True) == (
+    [1, 3, 5],
+    {
+      "outside the filter": 2,
+      "without a value for the filter": 1,
+      "without options that are certain": 1,
+      "beyond limit 3": 1,
+    },
+  )
+  with pytest.raises(ValueError, match=r"d\.shuffle_options: none of 2 rows"):
+    picked(make_rows(2), shuffle_options=True)
 
 
 def test_a_filter_that_cannot_be_asked_is_named():

@@ -15,6 +15,7 @@ def source(
   answer_key: str = "",
   images_key: str = "",
   response_key: str = "",
+  options_key: str = "",
   image_dir: str = "",
   problem: str = "",
 ) -> Sequence[Example]:
@@ -29,6 +30,8 @@ def source(
     answer_key: column of the answer, text or a number.
     images_key: column of the pictures; rows without any are text alone.
     response_key: column of a written response, for SFT; "": there is none.
+    options_key: column of a list of options (or an object of them by letter),
+      which become lines "A. text" below the problem; "": there is none.
     image_dir: where relative paths start; "": beside the file.
     problem: asked of every row in place of its own, after its pictures; "":
       each row's own.
@@ -44,6 +47,7 @@ def source(
     answer_key=answer_key,
     images_key=images_key,
     response_key=response_key,
+    options_key=options_key,
     image_dir=image_dir,
     problem=problem,
   )

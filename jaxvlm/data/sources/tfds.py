@@ -26,6 +26,7 @@ def source(
   answer_key: str = "",
   images_key: str = "",
   response_key: str = "",
+  options_key: str = "",
   problem: str = "",
 ) -> Sequence[Example]:
   """Reads a prepared set; nothing is downloaded.
@@ -40,6 +41,7 @@ def source(
     answer_key: a feature.
     images_key: a feature: a picture or a sequence of them.
     response_key: a feature; "": there is no written response.
+    options_key: a feature: a sequence of texts; "": there is none.
     problem: asked of every row in place of its own; "": each row's own.
 
   Raises:
@@ -54,6 +56,7 @@ def source(
     answer_key=answer_key,
     images_key=images_key,
     response_key=response_key,
+    options_key=options_key,
     image_dir="",
     problem=problem,
   )

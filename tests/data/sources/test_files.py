@@ -455,6 +455,35 @@ def test_a_text_may_be_asked_of_every_row(tmp_path):
     read(tmp_path, row, response_key="caption")
 
 
+@pytest.mark.parametrize("answer", ["B", "(B)", "dog"])
+@pytest.mark.parametrize(
+  "options", [["cat", "dog"], {"A": "cat", "B": "dog", "C": None}]
+)
+def test_options_of_a_column_stand_below_the_problem(tmp_path, options, answer):
+  row = {"problem": "Which?", "answer": answer, "choices": options}
+  example = read(tmp_path, row, options_key="choices")
+  assert (example.problem, example.answer) == ("Which?\nA. cat\nB. dog", "B")
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"answer": "C"}, r"\[0\]: the answer 'C' is not the letter or the text"),
+    ({"answer": "1"}, r"\[0\]: the answer '1' is not"),
+    ({"choices": ["cat"]}, r"\[0\]: the options are \['cat'\]; expected 2"),
+    ({"choices": None}, r"\[0\]: the options are None; expected a list"),
+    (
+      {"problem": [{"role": "user", "content": "a"}]},
+      r"\[0\]: options beside messages",
+    ),
+  ],
+)
+def test_options_that_do_not_fit_are_refused(tmp_path, changes, message):
+  row = {"problem": "Which?", "answer": "A", "choices": ["cat", "dog"]}
+  with pytest.raises(ValueError, match=message):
+    read(tmp_path, row | changes, options_key="choices")
+
+
 @pytest.mark.filterwarnings("ignore")  # of datasets' own imports
 def test_what_datasets_saves_is_what_it_reads(tmp_path):
   import datasets  # slow, and of this test alone
