@@ -64,6 +64,8 @@ def base(**overrides: object) -> ConfigDict:
       # Stages in a row that share one learning-rate schedule and optimizer
       # state, so that an order is compared without its restarts.
       "hold_schedule": (),
+      # What may differ between this arm and those it is compared with.
+      "allows": (),
       "stages": {},
     }
   )

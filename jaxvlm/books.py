@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvlm import checkpoint, curves, models, results
+from jaxvlm import account, checkpoint, curves, models, results
 from jaxvlm.display import Display
 from jaxvlm.evaluate import Evaluator, HeldOut
 from jaxvlm.job import Job
@@ -256,10 +256,7 @@ class Books:
       results.write_summary(
         job.workdir,
         seconds=time.monotonic() - self._clock,
-        stages={
-          stage.name: {"kind": stage.kind, "steps": stage.steps}
-          for stage in job.schedule
-        },
+        given=account.write(job.workdir, job),
         ledger=progress.ledgers,
         dropped=job.dropped,
       )

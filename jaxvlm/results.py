@@ -72,7 +72,7 @@ def write_summary(
   workdir: Path,
   *,
   seconds: float,
-  stages: Mapping[str, Any],
+  given: Mapping[str, Any],
   ledger: Mapping[str, Any],
   dropped: Mapping[str, Any],
 ) -> None:
@@ -81,13 +81,13 @@ def write_summary(
   Args:
     workdir: of the run.
     seconds: that the run took, over all its processes.
-    stages: for each stage, in order, what a reader should know of it.
+    given: what went in, by stage and held-out set (`account.write`).
     ledger: compute spent in each stage (`stages.Ledger` as a dict).
     dropped: rows left out, by data set and reason.
   """
   ends = stage_ends(workdir)
   summary = {
-    "stages": stages,
+    **given,
     "evaluations": [
       {key: end[key] for key in ("stage", "global_step", "metrics")}
       for end in ends

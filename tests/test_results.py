@@ -104,7 +104,7 @@ def test_the_summary_says_what_was_done_with_which_versions(workdir):
   write_summary(
     workdir,
     seconds=1.5,
-    stages={"visual_perception": {"steps": 10}},
+    given={"stages": {"visual_perception": {"steps": 10}}},
     ledger={"visual_perception": {"questions": 320}},
     dropped={"train": {"too long": 2}},
   )

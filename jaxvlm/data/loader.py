@@ -255,6 +255,18 @@ def _mix(
   return mixture.map_with_index(lambda number, at: Draw(at[0], at[1], number))
 
 
+def count_draws(
+  sources: Mapping[str, Source], *, seed: int, shuffle: bool, total: int
+) -> dict[str, Int[np.ndarray, " N"]]:
+  """How often the first `total` draws take each kept row of each source."""
+  draws = _mix(sources, seed, shuffle)
+  counts = {n: np.zeros(len(s.kept), np.int64) for n, s in sources.items()}
+  for i in range(total):
+    name, number = draws[i]
+    counts[name][number] += 1
+  return counts
+
+
 def _sorted(
   draws: grain.MapDataset, sources: Mapping[str, Source], total: int
 ) -> grain.MapDataset:

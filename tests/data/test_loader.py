@@ -303,3 +303,19 @@ def test_thousands_of_rows_are_checked_in_seconds(processor):
   start = time.perf_counter()
   assert len(inspect([row] * 3000, processor).kept) == 3000
   assert time.perf_counter() - start < 5  # 0.4 s on a quiet core
+
+
+@pytest.mark.parametrize("total", [None, 40])
+def test_rows_are_counted_as_they_are_asked(processor, total):
+  a, b = make_rows(10, "a"), make_rows(7, "b")
+  sources = {
+    "a": whole(a, 3.0, keys=np.arange(10.0)),
+    "b": whole(b, kept=np.array([1, 4, 6]), keys=np.zeros(3)),
+  }
+  stream = make_loader(processor, sources, total=total)
+  asked = [problem for _, problem in flat(take(stream, 10))]
+  counts = loader.count_draws(sources, seed=0, shuffle=True, total=40)
+  assert {name: each.tolist() for name, each in counts.items()} == {
+    "a": [asked.count(f"a{i}") for i in range(10)],
+    "b": [asked.count(f"b{i}") for i in (1, 4, 6)],
+  }

@@ -76,7 +76,9 @@ def source(
     seed: of the questions; another seed gives other questions of the split.
     tasks: how often each task comes, in any unit; {}: all alike.
     errors: how often the teacher errs in each capability (warm_start only).
-    captions: so many examples at the front are captions (warm_start only).
+    captions: so many examples at the front are captions: of pictures of their
+      own in warm_start, elsewhere of the very pictures that would be asked
+      about.
 
   Raises:
     ValueError: unknown capability, split or task, or no size.
@@ -104,7 +106,7 @@ def source(
       f"worlds: errors are given for {sorted(errors)}; warm_start takes "
       f"{', '.join(TASKS)}, the others none."
     )
-  if captions and capability != "warm_start":
+  if captions and capability == "textual_reasoning":
     raise ValueError(f"worlds: captions is {captions}; {capability} has none.")
   weights = dict(tasks) or dict.fromkeys(known, 1.0)
   return _Worlds(
@@ -143,7 +145,8 @@ class _Worlds(Sequence[Example]):
     name = f"{self.capability}/{self.split}/{self.seed}/{index}"
     rng = random.Random(name)
     task = rng.choices(list(self.weights), list(self.weights.values()))[0]
-    if index < self.captions:
+    captioned = index < self.captions
+    if captioned and self.capability == "warm_start":
       task = CAPTION
     home, make = _makers()[task]
     draft = make(rng)
@@ -155,6 +158,10 @@ class _Worlds(Sequence[Example]):
     images: tuple[np.ndarray, ...] = ()
     if draft.scene is not None:
       images = (draw(draft.scene, self.split, rng.getrandbits(32)),)
+    if captioned and task != CAPTION:
+      assert draft.scene is not None
+      task, draft = CAPTION, _caption(draft.scene)
+      response = draft.respond(rng, 0.0)
     return Example(
       problem="<image>" * len(images) + draft.problem,
       answer=draft.answer,
@@ -432,8 +439,11 @@ def _compare(rng: random.Random, word: str) -> Draft:
 
 
 def _describe(rng: random.Random) -> Draft:
-  """A caption of all cells in random order, each named; never wrong."""
-  scene = make_scene(rng)
+  return _caption(make_scene(rng))
+
+
+def _caption(scene: Scene) -> Draft:
+  """All cells in random order, each named; never wrong."""
 
   def respond(rng: random.Random, error: float) -> str:
     del error

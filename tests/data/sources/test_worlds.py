@@ -235,6 +235,32 @@ def test_captions_come_first_when_asked_for():
   assert {examples[i].task for i in range(30, 400)} > {worlds.CAPTION}
 
 
+@pytest.mark.parametrize("capability", ["perception", "visual_reasoning"])
+def test_pictures_that_are_asked_about_can_be_described_instead(capability):
+  asked = make(capability, size=60)
+  described = make(capability, size=60, captions=50)
+  for i in range(60):
+    row, caption = asked[i], described[i]
+    assert (caption.images[0] == row.images[0]).all()
+    assert (caption.task == worlds.CAPTION) is (i < 50)
+    if i < 50:
+      assert caption.problem == "<image>describe"
+      assert {*worlds.NAMES} <= set(caption.response.split())
+    else:
+      assert (caption.problem, caption.answer) == (row.problem, row.answer)
+
+
+def test_a_caption_says_what_a_question_would_be_answered():
+  asked = make(tasks={"digit": 1.0}, size=60)
+  described = make(tasks={"digit": 1.0}, size=60, captions=60)
+  for i in range(60):
+    place = asked[i].problem.split()[2]
+    words = described[i].response.split()
+    after = words[words.index(place) + 1 :]
+    ends = [after.index(name) for name in worlds.NAMES if name in after]
+    assert asked[i].answer in after[: min(ends, default=len(after))]
+
+
 def test_tasks_come_as_often_as_weighed():
   examples = make(tasks={"color": 3.0, "where": 1.0}, size=1000)
   tasks = [examples[i].task for i in range(1000)]
@@ -259,7 +285,10 @@ def test_no_answer_is_right_for_most_questions(capability):
     ({"tasks": {"sum": 1.0}}, "perception has no task 'sum'"),
     ({"errors": NO_ERRORS}, "errors are given for"),
     ({"capability": "warm_start", "errors": {}}, "warm_start takes"),
-    ({"captions": 3}, "captions is 3; perception has none"),
+    (
+      {"captions": 3, "capability": "textual_reasoning"},
+      "captions is 3; textual_reasoning has none",
+    ),
   ],
 )
 def test_bad_arguments_are_named(changes, message):
