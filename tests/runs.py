@@ -82,7 +82,11 @@ class Launcher:
     config = [a for a in argv if a.startswith("--config=")] or [self.config]
     argv = [
       *config,
-      *(f"--config.{a}" if a[0] != "-" and "=" in a else a for a in argv),
+      *(
+        f"--config.{a}" if a[0] != "-" and "=" in a else a
+        for a in argv
+        if a not in config
+      ),
     ]
     pid = self.ask(
       argv=argv, env=env, out=str(out), err=str(err), script=str(script)

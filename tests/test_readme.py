@@ -8,6 +8,8 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from configs.arms import ARMS
+
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -55,7 +57,7 @@ def test_the_tree_lists_every_file_once():
   assert sorted(listed) == sorted(files)
 
 
-@pytest.mark.parametrize("path", ["configs/staged.py", "configs/merged.py"])
+@pytest.mark.parametrize("path", [f"configs/{name}.py" for name in ARMS])
 def test_a_config_without_a_size_is_the_embedded_default(path, monkeypatch):
   assert _parse(monkeypatch, f"--config={path}").model.scratch is not None
 

@@ -1,0 +1,448 @@
+"""What arms came to over seeds: table, picture and JSON, and what is unequal."""
+
+import io
+import json
+import math
+import pathlib
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from rich import box, table
+from rich.console import Console
+
+from jaxvlm import paired
+from jaxvlm.equality import LEDGER, Account, differences, read_account
+from jaxvlm.metrics import Path, write_aside
+
+EFFECT = 1.5  # points, what the paper gains by its stages
+_MEAN = re.compile(r"(?P<capability>[^/]+)/(?P<kind>mean@\d+)")
+_OVERALL = "overall"  # the mean of the capabilities
+_LEDGER_WORDS = {
+  "prompt_tokens": "prompt",
+  "generated_tokens": "made",
+  "trained_tokens": "trained",
+  "model_flops": "FLOPs",
+}
+
+Scores = dict[str, dict[str, float]]  # capability -> kind -> value
+Runs = Mapping[str, Mapping[int, Path]]  # arm -> seed -> workdir
+
+
+class Table(NamedTuple):
+  """Text in rows and columns, for a terminal or a page."""
+
+  title: str
+  header: list[str]
+  rows: list[list[str]]
+  caption: str
+
+
+def summarize(runs: Runs, *, allows: Sequence[str] = ()) -> dict[str, Any]:
+  """Everything there is to say of finished runs, as JSON holds it.
+
+  Args:
+    runs: workdirs; the first arm is what the others are compared with, seed
+      by seed.
+    allows: names of differences that are no error (`equality.differences`).
+
+  Returns:
+    For each arm its runs (scores in shares of 1 and tokens, ledger in all and
+    by stage, rewards, differences from the first arm), their mean and
+    standard deviation, and the paired tests, in points. `errors` says what
+    differs and is not allowed.
+
+  Raises:
+    ValueError: a run cannot be read.
+  """
+  accounts = {
+    arm: {seed: read_account(workdir) for seed, workdir in seeds.items()}
+    for arm, seeds in runs.items()
+  }
+  first, *_ = accounts
+  found: dict[str, Any] = {"baseline": first, "effect": EFFECT, "errors": []}
+  found["start"] = _spread([_scores(a, 0) for a in accounts[first].values()])
+  found["arms"] = {
+    arm: _arm(arm, each, accounts[first], runs[arm], found["errors"], allows)
+    for arm, each in accounts.items()
+  }
+  _adjust([arm["tests"] for arm in found["arms"].values()])
+  return found
+
+
+def _arm(
+  arm: str,
+  accounts: Mapping[int, Account],
+  baseline: Mapping[int, Account],
+  workdirs: Mapping[int, Path],
+  errors: list[str],
+  allows: Sequence[str],
+) -> dict[str, Any]:
+  runs = {}
+  for seed, account in accounts.items():
+    differs = []
+    if seed in baseline:
+      differs = differences(baseline[seed], account, allows=allows)
+      errors += [
+        f"{arm}, seed {seed}: {one}" for one in differs if not one.allowed
+      ]
+    runs[seed] = {
+      "workdir": str(workdirs[seed]),
+      "scores": _scores(account, -1),
+      "ledger": {name: account.total(name) for name in LEDGER},
+      "stages": account.summary["stages"],
+      "ledger_by_stage": account.summary["ledger"],
+      "differences": {one.name: str(one) for one in differs if one.allowed},
+      "seconds": account.summary["seconds"],
+    }
+  shared = [seed for seed in accounts if seed in baseline]
+  return {
+    "runs": runs,
+    "scores": _spread([run["scores"] for run in runs.values()]),
+    "ledger_ratio": {
+      name: statistics.fmean(
+        _ratio(accounts[seed].total(name), baseline[seed].total(name))
+        for seed in shared
+      )
+      for name in LEDGER
+      if shared
+    },
+    "tests": _tests(
+      [
+        (_scores(accounts[seed], -1), _scores(baseline[seed], -1))
+        for seed in shared
+        if accounts[seed] is not baseline[seed]
+      ]
+    ),
+  }
+
+
+def _ratio(value: float, expected: float) -> float:
+  return value / expected if expected else float(value == expected)
+
+
+def _scores(account: Account, place: int) -> Scores:
+  """Scores of one of a run's evaluations, and their mean over capabilities."""
+  evaluations = account.summary["evaluations"]
+  metrics = evaluations[place]["metrics"] if evaluations else {}
+  scores: Scores = {}
+  for name in metrics:
+    if match := _MEAN.fullmatch(name):
+      capability = match["capability"]
+      scores[capability] = {
+        kind: metrics[f"{capability}/{kind}"]
+        for kind in (match["kind"], "greedy", "length")
+      }
+  if scores:
+    kinds = next(iter(scores.values()))
+    scores[_OVERALL] = {
+      kind: statistics.fmean(each[kind] for each in scores.values())
+      for kind in kinds
+    }
+  return scores
+
+
+def _spread(scores: Sequence[Scores]) -> dict[str, dict[str, Any]]:
+  """Mean and standard deviation over seeds; None: one seed has none."""
+
+  def spread(values: Sequence[float]) -> dict[str, Any]:
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "sd": sd, "values": values}
+
+  return {
+    capability: {
+      kind: spread([each[capability][kind] for each in scores])
+      for kind in kinds
+    }
+    for capability, kinds in (scores[0] if scores else {}).items()
+  }
+
+
+def _tests(pairs: Sequence[tuple[Scores, Scores]]) -> dict[str, Any]:
+  """Paired tests of each accuracy, in points."""
+  return {
+    capability: {
+      kind: vars(
+        paired.compare(
+          [100 * (a[capability][kind] - b[capability][kind]) for a, b in pairs],
+          effect=EFFECT,
+        )
+      ).copy()
+      for kind in kinds
+      if kind != "length"
+    }
+    for capability, kinds in (pairs[0][0] if pairs else {}).items()
+  }
+
+
+def _adjust(tests: Sequence[dict[str, Any]]) -> None:
+  """Adds p_holm: p for as many arms as are compared in one column."""
+  told = [each for each in tests if each]
+  for capability, kinds in (told[0] if told else {}).items():
+    for kind in kinds:
+      family = [each[capability][kind] for each in told]
+      adjusted = paired.holm([test["p"] for test in family])
+      for test, p in zip(family, adjusted, strict=True):
+        test["p_holm"] = p
+
+
+# Tables.
+
+
+def tables(found: Mapping[str, Any]) -> list[Table]:
+  """Accuracy and length, ledger, and the tests of each kind of accuracy."""
+  capabilities = list(found["start"])
+  kinds = list(found["start"][_OVERALL]) if capabilities else []
+  return [
+    *([_score_table(found, capabilities, kinds)] if kinds else []),
+    _ledger_table(found),
+    *(
+      _test_table(found, capabilities, kind)
+      for kind in kinds
+      if kind != "length" and len(found["arms"]) > 1
+    ),
+  ]
+
+
+def _score_table(
+  found: Mapping[str, Any], capabilities: list[str], kinds: list[str]
+) -> Table:
+  rows = []
+  scores = {"start": found["start"]}
+  scores |= {arm: each["scores"] for arm, each in found["arms"].items()}
+  for arm, each in scores.items():
+    for kind in kinds:
+      cells = [
+        _cell(each[capability][kind], kind) for capability in capabilities
+      ]
+      rows.append([arm if kind == kinds[0] else "", kind, *cells])
+  seeds = sorted(
+    {seed for each in found["arms"].values() for seed in each["runs"]}
+  )
+  return Table(
+    "Held-out accuracy in percent, and completion length in tokens",
+    ["arm", "", *map(_words, capabilities)],
+    rows,
+    f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}; "
+    "start: before the first stage that is compared",
+  )
+
+
+def _words(name: str) -> str:
+  return name.replace("_", " ")
+
+
+def _cell(spread: Mapping[str, Any], kind: str) -> str:
+  scale = 1 if kind == "length" else 100
+  mean = f"{scale * spread['mean']:.1f}"
+  return (
+    mean if spread["sd"] is None else f"{mean} ± {scale * spread['sd']:.1f}"
+  )
+
+
+def _ledger_table(found: Mapping[str, Any]) -> Table:
+  """Totals of the first arm, of the others as multiples; minutes of a run."""
+  rows, allowed = [], []
+  for arm, each in found["arms"].items():
+    runs = each["runs"].values()
+    if arm == found["baseline"]:
+      cells = [
+        f"{statistics.fmean(run['ledger'][name] for run in runs):.4g}"
+        for name in LEDGER
+      ]
+    else:
+      cells = [f"× {each['ledger_ratio'].get(n, math.nan):.3f}" for n in LEDGER]
+    minutes = statistics.fmean(run["seconds"] for run in runs) / 60
+    rows.append([arm, *cells, f"{minutes:.1f}"])
+    names = dict.fromkeys(name for run in runs for name in run["differences"])
+    if names:
+      allowed.append(f"{arm} in {', '.join(names)}")
+  return Table(
+    "Ledger of the stages that are compared",
+    ["arm", *(_LEDGER_WORDS.get(n, n) for n in LEDGER), "minutes"],
+    rows,
+    f"{found['baseline']} in full, the others as multiples of it; prompt, "
+    "made and trained in tokens; minutes of one run. Differs, as its config "
+    f"allows: {'; '.join(allowed) or 'none'}",
+  )
+
+
+def _test_table(
+  found: Mapping[str, Any], capabilities: list[str], kind: str
+) -> Table:
+  rows = []
+  for arm, each in found["arms"].items():
+    if not each["tests"]:
+      continue
+    tests = {name: each["tests"][name][kind] for name in capabilities}
+    overall = tests[_OVERALL]
+    rows.append(
+      [
+        arm,
+        *map(_test_cell, tests.values()),
+        "–" if math.isnan(overall["p"]) else f"{overall['p']:.2g}",
+        _count(overall["needed"]),
+      ]
+    )
+  return Table(
+    f"Points of {kind} above {found['baseline']}, paired by seed",
+    ["arm", *map(_words, capabilities), "p", f"seeds for {EFFECT:g}"],
+    rows,
+    "mean ± half of the 95 % interval, * where p of the paired t-test is below "
+    "0.05 after Holm's correction for the number of arms; p and seeds are "
+    f"overall's: so many would see {EFFECT:g} points with 80 % power",
+  )
+
+
+def _test_cell(test: Mapping[str, Any]) -> str:
+  if math.isnan(test["p"]):
+    return f"{test['mean']:+.1f}"
+  star = "*" if test["p_holm"] < paired.LEVEL else ""
+  return f"{test['mean']:+.1f} ± {test['high'] - test['mean']:.1f}{star}"
+
+
+def _count(needed: float) -> str:
+  if math.isnan(needed):
+    return "–"
+  return "> 100,000" if math.isinf(needed) else f"{needed:,.0f}"
+
+
+def print_tables(found: Mapping[str, Any], console: Console) -> None:
+  for each in tables(found):
+    shown = table.Table(
+      title=each.title,
+      caption=each.caption,
+      title_justify="left",
+      caption_justify="left",
+      box=box.SIMPLE_HEAD,
+      pad_edge=False,
+    )
+    for i, word in enumerate(each.header):
+      shown.add_column(word, no_wrap=i == 0)
+    for row in each.rows:
+      shown.add_row(*row)
+    console.print(shown)
+
+
+def to_markdown(found: Mapping[str, Any]) -> str:
+  """The tables as a page, what is unequal at its top."""
+  parts = [f"**Unequal:** {error}\n" for error in found["errors"]]
+  for each in tables(found):
+    lines = [each.header, ["---"] * len(each.header), *each.rows]
+    body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    parts.append(f"{each.title}:\n\n{body}\n\n({each.caption})\n")
+  return "\n".join(parts)
+
+
+def write(directory: Path, found: Mapping[str, Any]) -> None:
+  """Writes comparison.json, comparison.md and comparison.png."""
+  here = pathlib.Path(directory)
+  text = json.dumps(_finite(found), indent=2, allow_nan=False) + "\n"
+  write_aside(here / "comparison.json", text.encode())
+  write_aside(here / "comparison.md", to_markdown(found).encode())
+  if found["start"]:
+    write_aside(here / "comparison.png", draw(found))
+
+
+def _finite(value: Any) -> Any:
+  """JSON knows neither NaN nor infinity."""
+  if isinstance(value, Mapping):
+    return {str(key): _finite(inner) for key, inner in value.items()}
+  if isinstance(value, list):
+    return [_finite(inner) for inner in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
+# The picture.
+
+_STYLE: Any = {
+  "font.size": 9,
+  "font.family": "DejaVu Sans",
+  "axes.spines.right": False,
+  "axes.spines.top": False,
+  "axes.edgecolor": "#BBBBBB",
+  "grid.color": "#E4E4E4",
+}
+_BLUE, _ORANGE, _GRAY = "#0072B2", "#D55E00", "#888888"  # Okabe and Ito's
+
+
+def draw(found: Mapping[str, Any]) -> bytes:
+  """A PNG: accuracy of each capability and overall, and length, by arm.
+
+  Marks are means over seeds, bars their standard deviation, small dots the
+  seeds; dashed lines are where all arms started.
+  """
+  capabilities = list(found["start"])
+  kind, *_ = found["start"][_OVERALL]
+  arms = {arm: each["scores"] for arm, each in found["arms"].items()}
+  with matplotlib.rc_context(_STYLE):
+    height = 1.2 + 0.34 * len(arms)
+    figure = Figure(
+      figsize=(2.3 * (len(capabilities) + 1), height), layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(capabilities) + 1, sharey=True)
+    for axes, capability in zip(panels, capabilities, strict=False):
+      lines = {
+        word: {arm: scores[capability][word] for arm, scores in arms.items()}
+        for word in (kind, "greedy")
+      }
+      start = {word: found["start"][capability][word]["mean"] for word in lines}
+      _panel(axes, lines, start, scale=100)
+      axes.set_title(_words(capability), fontsize=9)
+      axes.set_xlabel("held-out accuracy (%)")
+    lengths = {arm: scores[_OVERALL]["length"] for arm, scores in arms.items()}
+    _panel(panels[-1], {"length": lengths}, {}, scale=1)
+    panels[-1].set_title("completion length", fontsize=9)
+    panels[-1].set_xlabel("length (tokens)")
+    panels[0].set_yticks(range(len(arms)), list(arms))
+    panels[0].set_ylim(len(arms) - 0.4, -0.6)
+    handles, _ = panels[0].get_legend_handles_labels()
+    handles += [
+      Line2D([], [], color=_GRAY, marker=".", ls="", label="a seed"),
+      Line2D([], [], color=_GRAY, lw=0.8, ls="--", label="mean at the start"),
+    ]
+    figure.legend(
+      handles=handles, loc="outside lower center", ncols=4, frameon=False
+    )
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=130)
+  return png.getvalue()
+
+
+def _panel(
+  axes: Axes,
+  lines: Mapping[str, Mapping[str, Any]],
+  start: Mapping[str, float],
+  *,
+  scale: float,
+) -> None:
+  axes.grid(axis="x")
+  axes.set_axisbelow(True)
+  axes.tick_params(axis="y", length=0)
+  for i, (word, arms) in enumerate(lines.items()):
+    colour, shift = (_BLUE, _ORANGE)[i], (i - (len(lines) - 1) / 2) * 0.3
+    if word in start:
+      axes.axvline(scale * start[word], color=colour, linewidth=0.8, ls="--")
+    places = [y + shift for y in range(len(arms))]
+    axes.errorbar(
+      [scale * each["mean"] for each in arms.values()],
+      places,
+      xerr=[scale * (each["sd"] or 0.0) for each in arms.values()],
+      fmt="os"[i],
+      color=colour,
+      markersize=4.5,
+      capsize=2.5,
+      label=f"{word}, mean and standard deviation",
+    )
+    for y, each in zip(places, arms.values(), strict=True):
+      seeds = [scale * value for value in each["values"]]
+      axes.plot(seeds, [y] * len(seeds), ".", color=colour, alpha=0.35, ms=3)
