@@ -262,8 +262,8 @@ def count_draws(
   draws = _mix(sources, seed, shuffle)
   counts = {n: np.zeros(len(s.kept), np.int64) for n, s in sources.items()}
   for i in range(total):
-    name, number = draws[i]
-    counts[name][number] += 1
+    draw = draws[i]
+    counts[draw.source][draw.row] += 1
   return counts
 
 

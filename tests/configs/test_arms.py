@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from configs import arms, staged
+from configs import arms, common, staged
 from jaxvlm import account
 from jaxvlm.data.sources import files, worlds
 from jaxvlm.stages import Stage, hold_schedule
@@ -18,7 +18,7 @@ SAME_ROWS = (
   *("difficulty", "staged_difficulty"),
 )
 # What an entry has besides its source's arguments.
-ENTRY = ("source", "weight", "filter", "limit", "annotations", "rewards")
+ENTRY = set(common.data("files"))
 
 
 def load(arm, base="tiny"):
