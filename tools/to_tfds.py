@@ -61,7 +61,10 @@ def write(
     raise ValueError(
       f"{directory}: TFDS wants a name of lower-case letters, digits and _."
     )
-  columns = _columns(splits)
+  console = make_console()
+  console.file = sys.stdout  # TFDS tells of downloads there, and has bars
+  with Display(console) as display:
+    columns = _columns(splits, display)
   features = {name: tfds.features.Text() for name in ("problem", "answer")}
   features["images"] = tfds.features.Sequence(
     tfds.features.Image(shape=(None, None, None))
@@ -100,8 +103,6 @@ def write(
           yield i, _record(rows[i], columns)
           advance(1)
 
-  console = make_console()
-  console.file = sys.stdout  # TFDS tells of downloads there, and has bars
   tfds.disable_progress_bar()
   directory.parent.mkdir(parents=True, exist_ok=True)
   with (
@@ -114,13 +115,17 @@ def write(
   return directory / VERSION
 
 
-def _columns(splits: Mapping[str, Sequence[Example]]) -> dict[str, type]:
+def _columns(
+  splits: Mapping[str, Sequence[Example]], display: Display
+) -> dict[str, type]:
   """What else rows have, and the numpy type or str that each is stored as."""
   kinds: dict[str, set[type]] = {}
-  for rows in splits.values():
-    for i in range(len(rows)):
-      for name, value in _further(rows[i]).items():
-        kinds.setdefault(name, set()).add(type(value))
+  for split, rows in splits.items():
+    with display.task(f"read {split}", total=len(rows)) as advance:
+      for i in range(len(rows)):
+        for name, value in _further(rows[i]).items():
+          kinds.setdefault(name, set()).add(type(value))
+        advance(1)
   found: dict[str, type] = {}
   for name, seen in kinds.items():
     known = seen - {type(None)}

@@ -4,6 +4,7 @@ Needs `pip install 'jaxvlm[tfds]'`. Pictures stay encoded as they were stored;
 a class label is its name.
 """
 
+import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -94,6 +95,7 @@ class _Set:
       self._features.get_serialized_info()
     )
     self.file = pathlib.Path(f"{builder.info.full_name}/{split}")
+    self._row = functools.lru_cache(maxsize=1)(self._parsed)
 
   def __len__(self) -> int:
     return len(self._records)
@@ -111,6 +113,9 @@ class _Set:
     return (look_up(self.row(i), key) for i in range(len(self)))
 
   def row(self, i: int) -> dict[str, Any]:
+    return self._row(i)  # columns are asked for side by side
+
+  def _parsed(self, i: int) -> dict[str, Any]:
     parsed = self._parser.parse_example(self._records[i])
     row = {
       key: self._value(feature, parsed.get(key))
