@@ -30,7 +30,6 @@ from jaxvlm.annotations import (
   TRUNCATED,
   VIEWS,
 )
-from jaxvlm.data.messages import MARKER, in_words
 from jaxvlm.data.rows import combined_seed
 from jaxvlm.display import Display
 from jaxvlm.evaluate import Answered, Asked, answer
@@ -38,10 +37,12 @@ from jaxvlm.job import Job
 from jaxvlm.metrics import write_aside
 from jaxvlm.rollout.sampler import Draws
 from jaxvlm.scoring import Scorer
-from jaxvlm.types import Example, Params
+from jaxvlm.types import Example, Params, Question
+from jaxvlm.views import Views
 
 Record = dict[str, Any]  # what is known of one row in one view
 
+CAPTIONS = "captions"  # beside the views
 _PIECES, _PIECE = 64, 2**16  # of a file that are hashed, and bytes of each
 _TOLD = 5  # failures of rewards that are told one by one
 
@@ -70,11 +71,6 @@ class Plan:
         f"completions: got {self.completions} at temperature "
         f"{self.temperature}; expected at least 1, at 0 or more."
       )
-    if self.temperature == 0 and self.completions > 1:
-      raise ValueError(
-        f"completions: got {self.completions} at temperature 0, where all are "
-        "the same; expected 1."
-      )
     captions = bool(self.caption_key) + bool(self.caption_prompt)
     if captions != ("caption" in self.views):
       raise ValueError(
@@ -88,7 +84,8 @@ def narrowed(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
   """The config of a run on that source alone, without evaluations.
 
   Raises:
-    ValueError: it has no such stage or source, or names no checkpoint.
+    ValueError: it has no such stage or source, names no checkpoint, or all
+      completions of a row would be the same.
   """
   stages = config["stages"]
   if plan.stage not in stages:
@@ -107,6 +104,12 @@ def narrowed(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
       "answers."
     )
   entry = stage["data"][plan.source]
+  shuffled = entry.get("shuffle_options")
+  if plan.temperature == 0 and plan.completions > 1 and not shuffled:
+    raise ValueError(
+      f"completions: got {plan.completions} at temperature 0, where all are the "
+      "same; expected 1, or a source with shuffle_options."
+    )
   alone = {"data": {plan.source: entry}, "order": "", "promote": "latest"}
   nothing: dict[str, Any] = {"capabilities": (), "sets": {}}
   return dict(config) | {
@@ -187,15 +190,16 @@ class _Asker:
     self._batch = job.config["evaluation"]["batch_questions"]
     self._failures = 0
     (self._stage,) = job.schedule
-    self._source = job.sources[plan.stage][plan.source]
-    # Rows of one id are one row: they are asked once.
-    self._places: dict[str, int] = {}
-    for row, place in zip(
-      self._source.row_ids, self._source.kept.tolist(), strict=True
-    ):
-      self._places.setdefault(row, place)
-    rewards = self._example(next(iter(self._places))).rewards
-    rewards = rewards or self._stage.rewards
+    source = job.sources[plan.stage][plan.source]
+    self._row_ids = source.row_ids
+    self._views = Views(
+      source,
+      seed=job.config["seed"],
+      completions=plan.completions,
+      caption_key=plan.caption_key,
+      caption_prompt=plan.caption_prompt,
+    )
+    rewards = source.examples[source.kept[0]].rewards or self._stage.rewards
     if not rewards:
       raise ValueError(
         f"stages.{plan.stage}.rewards: has none; the first of them is what "
@@ -208,8 +212,8 @@ class _Asker:
     if not self._plan.caption_key:
       return
     longest = self._job.config["inputs"]["max_prompt_length"]
-    for row in self._places:
-      example = self._captioned(row, {})
+    for prompt, *_ in self._views.prompts.values():
+      example = self._views.example("caption", prompt, {})
       length = self._job.processor.length(example)
       if length > longest:
         raise ValueError(
@@ -219,7 +223,7 @@ class _Asker:
 
   def columns(self) -> dict[str, pyarrow.Array]:
     """The new columns, for each kept row of the source."""
-    plan, rows = self._plan, list(self._places)
+    plan, views = self._plan, self._views
     greedy = Draws(
       num_completions=1,
       max_completion_length=self._stage.max_completion_length,
@@ -231,77 +235,33 @@ class _Asker:
     if temperature is None:
       temperature = self._stage.temperature
     draws = dataclasses.replace(
-      greedy, num_completions=plan.completions, temperature=temperature
+      greedy, num_completions=views.completions, temperature=temperature
     )
     columns: dict[str, pyarrow.Array] = {}
-    captions: dict[str, Record] = {}
+    captions: dict[str, str] = {}
     if plan.caption_prompt:
-      pictures = [
-        f"{row}/{i}"
-        for row in rows
-        for i in range(len(self._example(row).images))
-      ]
-      captions = self._ask(
-        "captions", pictures, self._picture, greedy, scored=False
+      found = self._ask(
+        CAPTIONS, views.pictures(), views.picture, greedy, scored=False
       )
+      captions = {name: record["caption"] for name, record in found.items()}
       columns[GENERATED] = pyarrow.array(
-        "\n".join(self._captions(row, captions)) for row in self._source.row_ids
+        "\n".join(views.captions(row, captions)) for row in self._row_ids
       )
-    shown: dict[str, Callable[[str], Example]] = {
-      "image": self._example,
-      "caption": lambda row: self._captioned(row, captions),
-      "none": self._blind,
-    }
+    prompts = [name for names in views.prompts.values() for name in names]
     for view in plan.views:
-      found = self._ask(view, rows, shown[view], draws, scored=True)
+      show = functools.partial(views.example, view, captions=captions)
+      found = self._ask(view, prompts, show, draws, scored=True)
       for name in (RATE, LENGTH, TRUNCATED):
         columns[f"{name}{VIEWS[view]}"] = pyarrow.array(
-          [found[row][name] for row in self._source.row_ids], pyarrow.float64()
+          [
+            _mean([found[prompt][name] for prompt in views.prompts[row]])
+            for row in self._row_ids
+          ],
+          pyarrow.float64(),
         )
-    counts = [plan.completions] * len(self._source.row_ids)
+    counts = [plan.completions] * len(self._row_ids)
     columns[COMPLETIONS] = pyarrow.array(counts)
     return columns
-
-  # -- what is shown ---------------------------------------------------------
-
-  def _example(self, row: str) -> Example:
-    return self._source.examples[self._places[row]]
-
-  def _blind(self, row: str) -> Example:
-    example = self._example(row)
-    return in_words(example, [""] * len(example.images))
-
-  def _captioned(self, row: str, captions: Mapping[str, Record]) -> Example:
-    return in_words(self._example(row), self._captions(row, captions))
-
-  def _captions(self, row: str, captions: Mapping[str, Record]) -> list[str]:
-    """A text for each picture; one of a column stands for all of them."""
-    example, key = self._example(row), self._plan.caption_key
-    if not example.images:
-      return []
-    if not key:
-      return [
-        captions[f"{row}/{i}"]["caption"] for i in range(len(example.images))
-      ]
-    text = example.columns.get(key)
-    if not isinstance(text, str) or not text.strip():
-      raise ValueError(
-        f"{example.name}: caption_key {key!r} is {text!r}; expected text. "
-        f"Columns are {', '.join(example.columns) or 'none'}; a filter leaves "
-        "out rows without a caption."
-      )
-    return [text.strip(), *[""] * (len(example.images) - 1)]
-
-  def _picture(self, name: str) -> Example:
-    """What asks for the caption of one picture."""
-    row, _, number = name.rpartition("/")
-    example = self._example(row)
-    return dataclasses.replace(
-      example,
-      problem=f"{MARKER}{self._plan.caption_prompt}",
-      messages=(),
-      images=(example.images[int(number)],),
-    )
 
   # -- asking ----------------------------------------------------------------
 
@@ -369,9 +329,8 @@ class _Asker:
       jax.random.key(self._job.config["seed"]), zlib.crc32(view.encode())
     )
 
-    def prepare(name: str) -> Any:
-      own = dataclasses.replace(example(name), rewards=())
-      return processor.question(own, zlib.crc32(name.encode()))
+    def prepare(name: str) -> Question:
+      return processor.question(example(name), zlib.crc32(name.encode()))
 
     def asked() -> Iterator[Asked]:
       with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -413,6 +372,12 @@ class _Asker:
         strict=True,
       )
     ]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+  """None where a part is unknown."""
+  known = [value for value in values if value is not None]
+  return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def _check_same(

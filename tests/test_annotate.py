@@ -35,6 +35,7 @@ class Sampler:
     self.prompts = []  # of each batch
     self.keys = []  # (prompt, key, question id)
     self.stop_at = None  # the batch at which the process dies
+    self.say = self._say
 
   def weights(self, params):
     return params
@@ -50,7 +51,7 @@ class Sampler:
       where = jax.random.key_data(key).tolist(), questions[q].question_id
       self.keys.append((text, *where))
       for g in range(draws.num_completions):
-        said = self._tokenizer.encode(self._say(text, g))
+        said = self._tokenizer.encode(self.say(text, g))
         ids[q, g, : len(said)] = said
         mask[q, g, : len(said)] = True
     rollout = Rollout(
@@ -122,7 +123,9 @@ def console():
 def run(project, tmp_path, console):
   """run(entry, **changes): the sampler of an annotation of out.parquet."""
 
-  def run(entry, *, stop_at=None, config=None, output=None, **changes):
+  def run(
+    entry, *, stop_at=None, say=None, config=None, output=None, **changes
+  ):
     output = output or tmp_path / "out.parquet"
     plan = make_plan(**changes)
     made = make_config(project, entry)
@@ -135,6 +138,7 @@ def run(project, tmp_path, console):
       sampler = Sampler(prepared.processor.tokenizer)
       object.__setattr__(scripted, "sampler", sampler)
       sampler.stop_at = stop_at
+      sampler.say = say or sampler.say
       annotate.run(scripted, plan, output, display)
     return sampler
 
@@ -359,6 +363,40 @@ def test_draws_depend_on_seed_view_and_row_alone(run, rows, tmp_path):
   assert not any(other[text][0] == key for text, (key, _) in first.items())
 
 
+def test_each_completion_sees_the_options_in_an_order_of_its_own(
+  run, rows, tmp_path
+):
+  made = make_rows(3)
+  for i, row in enumerate(made):
+    row["problem"] += "\nA. cat\nB. dog\nC. cow\nD. pig"
+    row["answer"] = "ABC"[i]
+  sampler = run(
+    rows(made, shuffle_options=True),
+    views=("image", "none"),
+    caption_key="",
+    completions=16,
+    temperature=0.0,  # the prompts differ
+    say=lambda text, g: "<answer>A</answer>",
+  )
+  image, blind = (
+    [text for batch in batches for text in batch]
+    for batches in (sampler.prompts[:6], sampler.prompts[6:])
+  )
+  options = [text.partition("?")[2] for text in image]
+  assert options == [text.partition("?")[2] for text in blind]
+  assert len(set(options)) > 6
+  rights = [
+    [f"A. {right}" in text for text in options[16 * i : 16 * i + 16]]
+    for i, right in enumerate(("cat", "dog", "cow"))
+  ]
+  found = read(tmp_path)
+  # A model that always says A is right as often as A is.
+  assert found["pass_rate"] == [sum(right) / 16 for right in rights]
+  assert found["pass_rate"] == found["pass_rate_blind"]
+  assert 0 < sum(found["pass_rate"]) < 1.5
+  assert found["completions"] == [16] * 3 and found["answer"] == list("ABC")
+
+
 def test_a_reward_that_fails_leaves_the_rate_unknown(
   run, rows, tmp_path, console
 ):
@@ -417,7 +455,6 @@ def test_a_row_without_pictures_needs_no_caption(run, rows):
     ({"views": ("image", "text")}, "views: got"),
     ({"views": ("image", "image")}, "each once"),
     ({"completions": 0}, "at least 1"),
-    ({"temperature": 0.0}, "expected 1"),
     ({"caption_key": ""}, "the view caption needs one of them"),
     ({"views": ("image",)}, "the other views none"),
   ],
@@ -433,10 +470,11 @@ def test_a_plan_that_cannot_be_is_refused(changes, told):
   [
     ({"stage": "see"}, "no stage 'see'; there are perceive"),
     ({"source": "row"}, "no 'row' in stages.perceive.data; there are rows"),
+    ({"temperature": 0.0}, "got 2 at temperature 0, where all are the same"),
   ],
   ids=str,
 )
-def test_what_the_config_lacks_is_told(project, changes, told):
+def test_what_does_not_fit_the_config_is_told(project, changes, told):
   config = make_config(project, common.data("files")).to_dict()
   with pytest.raises(ValueError, match=told):
     annotate.narrowed(config, make_plan(**changes))
