@@ -147,7 +147,7 @@ class Rows(Sequence[Example]):
   def __getitem__(self, i: int | slice) -> Example | Sequence[Example]:
     if isinstance(i, slice):
       return [self[j] for j in range(*i.indices(len(self)))]
-    example = self._examples[i]
+    example = self._examples[int(i)]  # numpy's are not every source's
     if self._annotations is not None:
       found = self._annotations.get(row_id(example), {})
       columns = {**example.columns, **self._missing, **found}
