@@ -1,7 +1,9 @@
-"""What every arm shares: the fields of a config, and the paper's settings."""
+"""What every arm shares: the fields of a config, and of a stage."""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from configs import presets
 
 
 def base(**overrides: object) -> ConfigDict:
@@ -73,59 +75,23 @@ def base(**overrides: object) -> ConfigDict:
   return config
 
 
-def stage(**overrides: object) -> ConfigDict:
-  """A GRPO stage with the settings of the paper (EasyR1's), by name `easyr1`.
-
-  512 questions a step x 5 completions at temperature 1, four updates of 128
-  groups, learning rate 1e-6 without warm-up, weight decay 1e-2, gradient norm
-  1, clip 0.2 | 0.3 | dual 3, k3 to the stage's start with coefficient 1e-2,
-  token mean over the update.
-  """
-  config = ConfigDict(
-    {
-      "kind": "grpo",
-      "data": {},
-      "shuffle": True,
-      "order": "",  # a column expression to sort the draws by, "-pass_rate"
-      "rewards": (),
-      "steps": 100,
-      "rollout_questions": 512,
-      "update_questions": 512,
-      "updates_per_rollout": 4,
-      "microbatches": 8,
-      "num_completions": 5,
-      "max_completion_length": 2048,
-      "temperature": 1.0,
-      "advantage_eps": 1e-6,
-      "clip_low": 0.2,
-      "clip_high": 0.3,
-      "clip_dual": 3.0,
-      "kl_coef": 1e-2,
-      "kl_limit": 20.0,
-      "reference": "stage_start",  # stage_start | base | none
-      "freeze": (),  # of vision_tower, merger, decoder
-      "optimizer": {
-        "name": "adamw",
-        "b1": 0.9,
-        "b2": 0.999,
-        "weight_decay": 1e-2,
-        "clip_norm": 1.0,
-      },
-      "reset_optimizer": True,
-      "learning_rate": 1e-6,
-      "lr_schedule": "constant",  # constant | linear | cosine
-      "lr_warmup": 0,
-      "lr_final": 0.0,
-      "promote": "latest",  # latest | best
-      "metric": "",  # held-out metric that ranks checkpoints; "": none
-      "logprob_chunk": 256,
-    }
-  )
-  config.update(overrides)
-  return config
-
-
-easyr1 = stage
+def stage(preset: str = "easyr1", **overrides: object) -> ConfigDict:
+  """A GRPO stage with the settings of a preset; `overrides` are its fields."""
+  fields = {
+    "kind": "grpo",
+    "data": {},
+    "shuffle": True,
+    "order": "",  # a column expression to sort the draws by, "-pass_rate"
+    "rewards": (),
+    "steps": 100,
+    "microbatches": 8,
+    "freeze": (),  # of vision_tower, merger, decoder
+    "reset_optimizer": True,
+    "promote": "latest",  # latest | best
+    "metric": "",  # held-out metric that ranks checkpoints; "": none
+    "logprob_chunk": 256,
+  }
+  return ConfigDict(fields | presets.load(preset) | overrides)
 
 
 def data(source: str, **fields: object) -> ConfigDict:
@@ -147,6 +113,7 @@ def data(source: str, **fields: object) -> ConfigDict:
       "rewards": (),  # (name, weight) of these rows; (): the stage's
       # Multiple choice in another order at each draw, letters and answer too.
       "shuffle_options": False,
+      "report_as": "",  # metrics are kept apart by this; "": the stage's name
     }
   )
   entry.update(fields)

@@ -11,14 +11,15 @@
 A size (qwen2_5_vl_3b, 7b, 32b, 72b; qwen3_vl_2b, 4b, 8b, 32b) trains a Hugging
 Face directory on your own rows with the paper's settings, all devices sharing
 the weights; `files` is the same for a directory of any size on replicas.
---config.schedule="('visual_perception',)" runs one stage of it.
+--config.schedule="('visual_perception',)" runs one stage of it. SIZE,PRESET
+(tiny,gspo) takes the recipe of another paper or trainer, of configs/presets.py.
 """
 
 import functools
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, presets
 
 CAPABILITIES = ("visual_perception", "visual_reasoning", "textual_reasoning")
 
@@ -31,14 +32,25 @@ SIZES = (
 )
 
 
-def get_config(size: str = "tiny") -> ConfigDict:
+def get_config(argument: str = "tiny") -> ConfigDict:
+  """The config of SIZE or SIZE,PRESET."""
+  size, _, preset = argument.partition(",")
   configs = {"tiny": tiny, "tiny_qwen3": tiny_qwen3, "files": files}
   configs |= {name: functools.partial(published, name) for name in SIZES}
   if size not in configs:
     raise ValueError(
       f"staged: no size {size!r}; there are {', '.join(configs)}."
     )
-  return configs[size]()
+  config = configs[size]()
+  if preset:
+    small = size.startswith("tiny")
+    fields = presets.method(preset) if small else presets.load(preset)
+    for name in CAPABILITIES:
+      stage = config.stages[name].to_dict() | fields
+      if small and stage["max_rollouts"] > 1:
+        stage["rollout_questions"] = stage["update_questions"]
+      config.stages[name] = ConfigDict(stage)
+  return config
 
 
 def published(size: str) -> ConfigDict:
@@ -61,7 +73,7 @@ def files() -> ConfigDict:
     "\\boxed{}."
   )
   for name in CAPABILITIES:
-    config.stages[name] = common.easyr1(
+    config.stages[name] = common.stage(
       data={"files": _file()},
       rewards=(("math", 0.9), ("think_format", 0.1)),
     )
@@ -201,13 +213,13 @@ def tiny() -> ConfigDict:
       microbatches=1,
       num_completions=8,
       max_completion_length=18,
-      clip_high=0.28,
+      surrogate=presets.clip(0.2, 0.28, 3.0),
       kl_coef=0.0,
       reference="none",
       learning_rate=learning_rate,
       lr_schedule="linear",
       lr_warmup=5,
-      advantage_eps=1e-4,
+      advantage={"name": "grpo", "eps": 1e-4},
     )
     config.stages[stage].optimizer.b2 = 0.99
   # A model this small forgets what it no longer does, so it rehearses a little.

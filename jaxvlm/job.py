@@ -30,7 +30,7 @@ from jaxvlm.types import Params, Question
 # What any data entry of a config has beside its source's own fields.
 _ENTRY = (
   *("source", "weight", "filter", "limit", "annotations", "rewards"),
-  "shuffle_options",
+  *("shuffle_options", "report_as"),
 )
 
 
@@ -365,7 +365,7 @@ class _Opener:
         f"{field}: has no {', '.join(missing)}; common.data of "
         "configs/common.py gives an entry all its fields."
       )
-    name, weight, filter, limit, annotations, rewards, shuffle_options = (
+    name, weight, filter, limit, annotations, rewards, shuffle, report_as = (
       entry[field] for field in _ENTRY
     )
     arguments = {k: v for k, v in entry.items() if k not in _ENTRY}
@@ -374,13 +374,18 @@ class _Opener:
       inspect.signature(source).bind(**arguments)
     except TypeError as error:
       raise ValueError(f"{field}: source {name!r}: {error}.") from error
-    rows = Rows(source(**arguments), annotations=annotations, rewards=rewards)
+    rows = Rows(
+      source(**arguments),
+      annotations=annotations,
+      rewards=rewards,
+      report_as=report_as,
+    )
     chosen = select(
       rows,
       name=field,
       filter=filter,
       limit=limit,
-      shuffle_options=shuffle_options,
+      shuffle_options=shuffle,
     )
     with self.display.task(f"read {field}", total=len(chosen.rows)) as advance:
       found = loader.inspect(

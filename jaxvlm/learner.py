@@ -14,11 +14,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxvlm import sharding
 from jaxvlm.models import Network
-from jaxvlm.rl import losses
+from jaxvlm.rl import kl, losses, surrogates
 from jaxvlm.rl.logprobs import token_logprobs
 from jaxvlm.types import Experience, Params, Tree, record
 
 Flat = dict[str, Array]  # parameters by "/"-joined path
+Metrics = dict[str, losses.Pair]
 
 
 @record
@@ -77,11 +78,15 @@ class Objective:
 
   kind: Literal["grpo", "sft"]
   temperature: float
-  clip_low: float
-  clip_high: float
-  clip_dual: float | None
-  kl_coef: float
+  surrogate: tuple[tuple[str, Any], ...]  # items of the config: name, bounds
+  aggregation: str
+  max_completion_length: int
+  kl_coef: float  # 0 also where the KL term is in the reward
+  kl_estimator: str
   kl_limit: float
+  entropy_coef: float
+  importance: str | None  # mode of rl.surrogates.importance_weights
+  importance_cap: float
   logprob_chunk: int
 
 
@@ -102,6 +107,14 @@ class _Program:
     for path, value in flat.items():
       halves[self.network.part_of(path) in self.frozen]["/".join(path)] = value
     return halves
+
+  def by_part(self, flat: Flat) -> dict[str, Flat]:
+    """The entries of each part of the network: vision_tower, merger, decoder."""
+    parts: dict[str, Flat] = {}
+    for path, value in flat.items():
+      part = self.network.part_of(tuple(path.split("/")))
+      parts.setdefault(part, {})[path] = value
+    return parts
 
   def transformation(self) -> Any:
     axes: Any = self.trainable(self.network.axes())[0]
@@ -189,7 +202,7 @@ class Learner:
 
   def update(
     self, state: TrainState, experience: Experience, learning_rate: float
-  ) -> tuple[TrainState, dict[str, losses.Pair]]:
+  ) -> tuple[TrainState, Metrics]:
     """One optimizer step; gradients of microbatches are summed in float32.
 
     Args:
@@ -198,8 +211,9 @@ class Learner:
       learning_rate: of this update.
 
     Returns:
-      The new state, and metrics as (sum, count). Where the gradient is not
-      finite the state stays and update_skipped is 1.
+      The new state, and metrics as (sum, count), [K] each where they are
+      counted for each group of questions. Where the gradient is not finite the
+      state stays and update_skipped is 1.
     """
     with sharding.use(self._program.mesh):
       return _update(
@@ -237,6 +251,7 @@ def _score(
     temperature=objective.temperature,
     banned=banned,
     chunk=objective.logprob_chunk,
+    entropy_gradient=objective.entropy_coef != 0,
   )
   return tuple(_unpack(x, tree.slots) for x in scores)  # type: ignore
 
@@ -264,38 +279,63 @@ def _loss(
   frozen: Flat,
   banned: Bool[Array, " V"],
   micro: Experience,
-) -> tuple[Float[Array, ""], dict[str, losses.Pair]]:
-  """Sum over tokens (the update divides by their count), and metrics."""
+) -> tuple[Float[Array, ""], Metrics]:
+  """A sum (the update divides it by its count), and metrics."""
   objective, mask = program.objective, micro.completion_mask
   logprobs, entropy = _score(
     program, join(trainable, frozen), banned, micro.tree
   )
-  tokens = jnp.sum(mask, dtype=jnp.float32)
-  metrics = {"entropy": (losses.token_sum(entropy, mask), tokens)}
+  figures = {"entropy": jax.lax.stop_gradient(entropy)}
   if objective.kind == "sft":
     loss = -logprobs
   else:
-    old = logprobs if micro.old_logprobs is None else micro.old_logprobs
-    loss, stats = losses.clipped_surrogate(
-      logprobs,
+    loss, found = _policy_loss(objective, logprobs, micro)
+    figures |= found
+    if objective.entropy_coef:
+      loss = loss - objective.entropy_coef * entropy
+  total, count = losses.aggregate(
+    loss,
+    mask,
+    aggregation=objective.aggregation,
+    length=objective.max_completion_length,
+  )
+  metrics = {
+    name: losses.by_group(values, mask, micro.groups)
+    for name, values in figures.items()
+  }
+  return total, metrics | {"loss": (jax.lax.stop_gradient(total), count)}
+
+
+def _policy_loss(
+  objective: Objective, logprobs: Float[Array, "Q G C"], micro: Experience
+) -> tuple[Float[Array, "Q G C"], surrogates.Figures]:
+  """Surrogate and KL term of each token, and figures to watch."""
+  mask = micro.completion_mask
+  old = logprobs if micro.old_logprobs is None else micro.old_logprobs
+  bounds = dict(objective.surrogate)
+  surrogate = surrogates.SURROGATES[bounds.pop("name")]
+  loss, figures = surrogate(logprobs, old, micro.advantages, mask, **bounds)
+  gap = jax.lax.stop_gradient(old) - micro.sampler_logprobs
+  figures["sampler_gap"] = jnp.abs(gap)
+  if objective.importance is not None:
+    weights, found = surrogates.importance_weights(
       old,
-      micro.advantages,
+      micro.sampler_logprobs,
       mask,
-      clip_low=objective.clip_low,
-      clip_high=objective.clip_high,
-      clip_dual=objective.clip_dual,
+      mode=objective.importance,
+      cap=objective.importance_cap,
     )
-    metrics |= stats
-    gap = jax.lax.stop_gradient(old) - micro.sampler_logprobs
-    metrics["sampler_gap"] = (losses.token_sum(jnp.abs(gap), mask), tokens)
-    if micro.ref_logprobs is not None:
-      kl, stats = losses.k3(
-        logprobs, micro.ref_logprobs, mask, limit=objective.kl_limit
-      )
-      loss = loss + objective.kl_coef * kl
-      metrics |= stats
-  total = losses.token_sum(loss, mask)
-  return total, metrics | {"loss": (jax.lax.stop_gradient(total), tokens)}
+    loss, figures = loss * weights, figures | found
+  if micro.ref_logprobs is not None:
+    penalty, found = kl.estimate(
+      logprobs,
+      micro.ref_logprobs,
+      mask,
+      estimator=objective.kl_estimator,
+      limit=objective.kl_limit,
+    )
+    loss, figures = loss + objective.kl_coef * penalty, figures | found
+  return loss, figures
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -305,7 +345,7 @@ def _update(
   banned: Bool[Array, " V"],
   experience: Experience,
   learning_rate: Float[Array, ""],
-) -> tuple[TrainState, dict[str, losses.Pair]]:
+) -> tuple[TrainState, Metrics]:
   trainable, frozen = program.trainable(state.params)
   gradient = jax.grad(
     functools.partial(_loss, program), argnums=0, has_aux=True
@@ -322,8 +362,8 @@ def _update(
   )
   total, metrics = jax.lax.scan(add, zeros, experience)
   metrics = jax.tree.map(lambda x: x.sum(0), metrics)
-  tokens = jnp.sum(experience.completion_mask, dtype=jnp.float32)
-  grads = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1.0), total)
+  count = jnp.maximum(metrics["loss"][1], 1.0)
+  grads = jax.tree.map(lambda g: g / count, total)
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm)
 
@@ -342,5 +382,9 @@ def _update(
     opt_state=keep(opt_state, state.opt_state),
   ), metrics | {
     "grad_norm": (norm, one),
+    **{
+      f"grad_norm/{part}": (optax.tree.norm(own), one)
+      for part, own in program.by_part(grads).items()
+    },
     "update_skipped": (jnp.where(finite, 0.0, one), one),
   }

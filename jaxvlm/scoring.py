@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent import futures
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Self
@@ -70,6 +71,7 @@ class Scorer:
         "positive."
       )
     self._timeout = timeout
+    self._closing = False
     self._workers: list[_Worker] = []
     try:
       for _ in range(num_workers):
@@ -77,8 +79,9 @@ class Scorer:
       for worker in self._workers:
         worker.await_start()
     except BaseException:
-      self.close()
+      self._end_workers()
       raise
+    self._thread = futures.ThreadPoolExecutor(1)
 
   def score(
     self,
@@ -120,7 +123,7 @@ class Scorer:
     try:
       failures = self._run(completions, examples, counts.tolist(), values)
     except BaseException:  # interrupted: nobody will hear what is under way
-      self.close()
+      self._end_workers()
       raise
     failed = np.isin(np.arange(len(examples)), list(failures))
     values[failed] *= 0.0  # what does not apply remains so
@@ -153,8 +156,24 @@ class Scorer:
           first[q] = place[name]
     return weights, first
 
+  def start(
+    self,
+    completions: Sequence[Sequence[str]],
+    examples: Sequence[Example],
+    lengths: np.ndarray | None = None,
+  ) -> futures.Future[Scores]:
+    """`score` beside what the caller does meanwhile; one after another."""
+    return self._thread.submit(self.score, completions, examples, lengths)
+
   def close(self) -> None:
     """Ends the workers, busy or not."""
+    self._closing = True
+    for worker in self._workers:
+      worker.kill()
+    self._thread.shutdown()
+    self._end_workers()
+
+  def _end_workers(self) -> None:
     for worker in self._workers:
       worker.end()
     self._workers.clear()
@@ -175,7 +194,9 @@ class Scorer:
     """Fills in values [Q G R]; returns what failed, by group."""
     failures: dict[int, str] = {}
     waiting = collections.deque(range(len(examples) if values.size else 0))
-    while waiting or any(worker.group is not None for worker in self._workers):
+    while not self._closing and (
+      waiting or any(worker.group is not None for worker in self._workers)
+    ):
       for worker in self._workers:
         if waiting and worker.idle:
           group = waiting[0]
@@ -193,7 +214,7 @@ class Scorer:
         why = worker.hear(values)
         if why is not None and its_group is not None:
           failures[its_group] = self._message(examples[its_group], *call, why)
-        if not worker.alive:
+        if not worker.alive and not self._closing:
           worker.end()
           self._workers[i] = _Worker(self._files, self._timeout)
     return failures
@@ -295,6 +316,9 @@ class _Worker:
     if why is not None and not self._ready:
       raise ValueError(f"{why} (while a worker for rewards started)")
     return why
+
+  def kill(self) -> None:
+    self._process.kill()
 
   def end(self) -> None:
     self.connection.close()

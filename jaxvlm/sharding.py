@@ -156,11 +156,20 @@ def sum_over_hosts(values: Any) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(values)).sum(0)
 
 
-def to_host(x: jax.Array) -> np.ndarray:
-  """This host's rows of a global array whose first axis is split over hosts."""
+def to_host(x: jax.Array, axis: int = 0) -> np.ndarray:
+  """This host's rows of a global array whose `axis` is split over hosts."""
   if x.is_fully_addressable:
     return np.asarray(x)
   rows = {
-    shard.index[0].start or 0: shard.data for shard in x.addressable_shards
+    shard.index[axis].start or 0: shard.data for shard in x.addressable_shards
   }
-  return np.concatenate([np.asarray(rows[start]) for start in sorted(rows)])
+  return np.concatenate([np.asarray(rows[at]) for at in sorted(rows)], axis)
+
+
+def gather(values: np.ndarray) -> tuple[np.ndarray, slice]:
+  """Rows of all hosts, as many of each, and where this host's are."""
+  if jax.process_count() == 1:
+    return values, slice(None)
+  rows = np.concatenate(multihost_utils.process_allgather(values))
+  start = jax.process_index() * len(values)
+  return rows, slice(start, start + len(values))

@@ -1,12 +1,14 @@
 """The schedule: what a stage is, its learning rate, and what it has cost."""
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from jaxvlm.data.expressions import Expression
 from jaxvlm.learner import Objective, Optimizer
+from jaxvlm.rl import advantages, kl, losses, surrogates
 from jaxvlm.rollout.sampler import Draws
 
 
@@ -14,10 +16,12 @@ from jaxvlm.rollout.sampler import Draws
 class Stage:
   """A run of steps with one set of knobs, as configs/common.py writes them.
 
-  A step rolls `rollout_questions` out, keeps `update_questions` of them
-  (groups with unequal rewards first) and makes `updates_per_rollout` updates
-  of equal shares of those, each in `microbatches` slices. A stage of kind
-  "sft" reads its completions from the data instead.
+  A step rolls `rollout_questions` out, up to `max_rollouts` times until
+  `update_questions` of them have unequal rewards, keeps so many (those first)
+  and makes `updates_per_rollout` updates of equal shares of them, each in
+  `microbatches` slices. Groups that are left over with unequal rewards wait for
+  the next step. A stage of kind "sft" reads its completions from the data
+  instead.
   """
 
   name: str
@@ -30,25 +34,31 @@ class Stage:
   rewards: tuple[tuple[str, float], ...]  # (name, weight); first: accuracy
   steps: int
   rollout_questions: int
+  max_rollouts: int
   update_questions: int
   updates_per_rollout: int
   microbatches: int
   num_completions: int
   max_completion_length: int
   temperature: float
-  advantage_eps: float
-  clip_low: float
-  clip_high: float
-  clip_dual: float | None
+  advantage: Mapping[str, Any]  # name of rl.advantages, and what it takes
+  surrogate: Mapping[str, Any]  # name of rl.surrogates, and its bounds
+  aggregation: str  # of rl.losses
+  mask_truncated: bool  # completions that were cut off teach nothing
+  importance: str | None  # mode of rl.surrogates.importance_weights
+  importance_cap: float
+  entropy_coef: float
   kl_coef: float
+  kl_estimator: str
   kl_limit: float
+  kl_target: Literal["loss", "reward"]
   reference: Literal["stage_start", "base", "none"]
   freeze: tuple[str, ...]
   optimizer: Mapping[str, Any]
   reset_optimizer: bool
   learning_rate: float
   lr_schedule: Literal["constant", "linear", "cosine"]
-  lr_warmup: int  # updates
+  lr_warmup: float  # updates; below 1: share of the stage's
   lr_final: float  # share of the learning rate that is left at the end
   promote: Literal["latest", "best"]
   metric: str  # of evaluations, that says which checkpoint is best; "": none
@@ -62,9 +72,16 @@ class Stage:
     self._one_of("reference", ("stage_start", "base", "none"))
     self._one_of("lr_schedule", ("constant", "linear", "cosine"))
     self._one_of("promote", ("latest", "best"))
+    self._one_of("kl_target", ("loss", "reward"))
+    self._one_of("kl_estimator", tuple(kl.ESTIMATORS))
+    self._one_of("aggregation", losses.AGGREGATIONS)
+    self._one_of("importance", (None, *surrogates.IMPORTANCE))
+    self._known("advantage", advantages.ESTIMATORS)
+    self._known("surrogate", surrogates.SURROGATES)
     for field in (
       "steps",
       "rollout_questions",
+      "max_rollouts",
       "update_questions",
       "updates_per_rollout",
       "microbatches",
@@ -84,6 +101,8 @@ class Stage:
       self._check_groups()
     elif self.rollout_questions != self.update_questions:
       raise self._wrong("update_questions", "sft trains on all it reads")
+    elif self.max_rollouts > 1:
+      raise self._wrong("max_rollouts", "sft has no groups to replace")
     share = self.updates_per_rollout * self.microbatches
     if self.update_questions % share:
       raise self._wrong(
@@ -104,6 +123,12 @@ class Stage:
         "update_questions",
         f"expected at most rollout_questions = {self.rollout_questions}",
       )
+    if self.max_rollouts > 1 and self.update_questions < self.rollout_questions:
+      raise self._wrong(
+        "max_rollouts",
+        "groups are replaced where rollout_questions = update_questions; "
+        "expected 1",
+      )
     if not self.rewards and not all(
       entry.get("rewards") for entry in self.data.values()
     ):
@@ -111,12 +136,35 @@ class Stage:
         "rewards",
         "expected at least one (name, weight), unless each data entry has its own",
       )
+    if self.kl_target == "reward" and self.advantage["name"] == "gdpo":
+      raise self._wrong(
+        "kl_target", "gdpo normalises each reward by itself; expected loss"
+      )
     if self.kl_coef and self.reference == "none":
       raise self._wrong("kl_coef", "reference is none; expected 0")
 
-  def _one_of(self, field: str, known: tuple[str, ...]) -> None:
+  def _one_of(self, field: str, known: tuple[str | None, ...]) -> None:
     if getattr(self, field) not in known:
-      raise self._wrong(field, f"expected one of {', '.join(known)}")
+      raise self._wrong(field, f"expected one of {', '.join(map(str, known))}")
+
+  def _known(
+    self, field: str, functions: Mapping[str, Callable[..., Any]]
+  ) -> None:
+    """Checks a name and its options against the function's own arguments."""
+    options = dict(getattr(self, field))
+    name = options.pop("name", None)
+    if name not in functions:
+      raise self._wrong(
+        field, f"expected a name, one of {', '.join(functions)}"
+      )
+    taken = {
+      parameter.name
+      for parameter in inspect.signature(functions[name]).parameters.values()
+      if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    if set(options) != taken:
+      takes = ", ".join(sorted(taken)) or "nothing else"
+      raise self._wrong(field, f"{name} takes {takes}")
 
   def _wrong(self, field: str, expected: str) -> ValueError:
     return ValueError(
@@ -147,6 +195,28 @@ class Stage:
       for name, _ in entry.get("rewards", ())
     ]
 
+  @property
+  def asks_old_logprobs(self) -> bool:
+    """Whether a step asks for the logprobs of the policy that sampled.
+
+    Not where a rollout is learned from at once and in one update, whose own
+    logprobs are the same.
+    """
+    return self.kind == "grpo" and (
+      self.updates_per_rollout > 1
+      or self.max_rollouts > 1
+      or (self.kl_coef != 0 and self.kl_target == "reward")
+    )
+
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """What the metrics of a step are kept apart by: names of its sources.
+
+    "" is the stage itself; (): there is one kind.
+    """
+    names = {entry["report_as"] for entry in self.data.values()}
+    return tuple(sorted(names)) if len(names) > 1 else ()
+
   def make_optimizer(self) -> Optimizer:
     return Optimizer(**self.optimizer)
 
@@ -154,11 +224,15 @@ class Stage:
     return Objective(
       kind=self.kind,
       temperature=self.temperature if self.kind == "grpo" else 1.0,
-      clip_low=self.clip_low,
-      clip_high=self.clip_high,
-      clip_dual=self.clip_dual,
-      kl_coef=self.kl_coef,
+      surrogate=tuple(sorted(self.surrogate.items())),
+      aggregation="token" if self.kind == "sft" else self.aggregation,
+      max_completion_length=self.max_completion_length,
+      kl_coef=self.kl_coef if self.kl_target == "loss" else 0.0,
+      kl_estimator=self.kl_estimator,
       kl_limit=self.kl_limit,
+      entropy_coef=0.0 if self.kind == "sft" else self.entropy_coef,
+      importance=self.importance,
+      importance_cap=self.importance_cap,
       logprob_chunk=self.logprob_chunk,
     )
 
@@ -181,9 +255,10 @@ class Stage:
     """Learning rate of the stage's update with this number, from 0."""
     before, total = self.lr_span or (0, self.updates)
     update += before
-    if update < self.lr_warmup:
-      return self.learning_rate * (update + 1) / self.lr_warmup
-    done = (update - self.lr_warmup) / max(total - self.lr_warmup, 1)
+    warmup = self.lr_warmup * (total if self.lr_warmup < 1 else 1)
+    if update < warmup:
+      return self.learning_rate * min((update + 1) / warmup, 1.0)
+    done = (update - warmup) / max(total - warmup, 1)
     left = {
       "constant": 1.0,
       "linear": 1.0 - done,

@@ -1,50 +1,40 @@
-"""What the lines of the loop do: roll out, score, choose, learn."""
+"""What the lines of the loop do: roll out, score, learn."""
 
-import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvlm import sharding
+from jaxvlm import sharding, watch
+from jaxvlm.batch import Batch, best_first, join, membership, named
 from jaxvlm.evaluate import decode_rollout
 from jaxvlm.job import Job
 from jaxvlm.learner import Learner, TrainState
 from jaxvlm.metrics import Metrics, add
 from jaxvlm.packing import pack, unbatch
-from jaxvlm.rl import advantages
+from jaxvlm.rl import advantages, kl
+from jaxvlm.rollout.sampler import Sampler
 from jaxvlm.scoring import Scorer
 from jaxvlm.stages import Stage
-from jaxvlm.types import Experience, Params, Question, Rollout, Scores, Tree
+from jaxvlm.types import Experience, Params, Question, Rollout, Scores
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Batch:
-  """This host's questions of a step with what was answered and earned."""
-
-  questions: Sequence[Question]  # Q
-  rollout: Rollout
-  scores: Scores
-  advantages: np.ndarray  # float64 [Q G]
-
-  def take(self, rows: np.ndarray) -> "Batch":
-    """The batch of these questions alone."""
-    scores = dataclasses.replace(
-      self.scores,
-      rewards=self.scores.rewards[rows],
-      parts={name: part[rows] for name, part in self.scores.parts.items()},
-      failed=self.scores.failed[rows],
-      accuracy=(
-        None if self.scores.accuracy is None else self.scores.accuracy[rows]
-      ),
-    )
-    return Batch(
-      questions=[self.questions[q] for q in rows],
-      rollout=jax.tree.map(lambda x: x[rows], self.rollout),
-      scores=scores,
-      advantages=self.advantages[rows],
-    )
+def roll_out(
+  stage: Stage,
+  sampler: Sampler,
+  params: Params,
+  questions: Sequence[Question],
+  key: jax.Array,
+) -> Rollout:
+  """Completions of these questions: sampled, or in SFT as they are written."""
+  draws = stage.make_draws()
+  if stage.kind == "sft":
+    return demonstrations(questions, draws.max_completion_length)
+  weights = sampler.weights(params)
+  return sampler.sample(weights, questions, key=key, draws=draws)
 
 
 def demonstrations(questions: Sequence[Question], length: int) -> Rollout:
@@ -64,45 +54,160 @@ def demonstrations(questions: Sequence[Question], length: int) -> Rollout:
   )
 
 
-def score(
+def grade(
   job: Job,
   scorer: Scorer | None,
   questions: Sequence[Question],
   rollout: Rollout,
-) -> Scores:
-  """Rewards of a rollout; a demonstration (no scorer) earns 1."""
+) -> Callable[[], Scores]:
+  """Starts to score a rollout in the workers, beside the device's work.
+
+  A demonstration (no scorer) earns 1.
+
+  Returns:
+    What waits for the scores.
+  """
   if scorer is None:
     shape = rollout.truncated.shape
-    return Scores(
+    return lambda: Scores(
       rewards=np.ones(shape), parts={}, failed=np.zeros(shape[0], bool)
     )
   texts = decode_rollout(rollout, job.processor.decode)
   lengths = np.asarray(rollout.completion_mask).sum(-1)
-  return scorer.score(texts, [q.example for q in questions], lengths)
+  return scorer.start(texts, [q.example for q in questions], lengths).result
+
+
+def policy_logprobs(
+  job: Job,
+  stage: Stage,
+  learner: Learner,
+  params: Params,
+  reference: Params | None,
+  questions: Sequence[Question],
+  rollout: Rollout,
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+  """Logprobs [Q G C] by the policy that sampled, and by the reference.
+
+  None where nothing asks for them: those of the policy, where a rollout feeds
+  one update, which finds the same itself; the reference's, without a KL term.
+  """
+  wanted = [params if stage.asks_old_logprobs else None, reference]
+  if wanted == [None, None]:
+    return None, None
+  size = stage.update_questions // jax.process_count()
+  size //= stage.updates_per_rollout
+  count = len(questions)
+  # As many at once as an update takes; the last ones are filled up.
+  rows = np.resize(np.arange(count), (-(-count // size), size))
+  found: list[list[np.ndarray]] = [[], []]
+  for own in rows:
+    local = pack(
+      [questions[q] for q in own],
+      rollout.completion_ids[own],
+      rollout.completion_mask[own],
+      microbatches=stage.microbatches,
+      layout=job.processor.layout,
+    )
+    tree = sharding.place(job.mesh, local, ("microbatch",))
+    for weights, parts in zip(wanted, found, strict=True):
+      if weights is not None:
+        slices = sharding.to_host(learner.logprobs(weights, tree), 1)
+        parts.append(slices.reshape(size, *slices.shape[2:]))
+  old, ref = (np.concatenate(x)[:count] if x else None for x in found)
+  return old, ref
 
 
 def advantages_of(
-  stage: Stage, questions: Sequence[Question], rollout: Rollout, scores: Scores
+  stage: Stage,
+  questions: Sequence[Question],
+  rollout: Rollout,
+  scores: Scores,
+  old_logprobs: np.ndarray | None,
+  ref_logprobs: np.ndarray | None,
 ) -> Batch:
-  """The step's batch; demonstrations weigh 1, failed groups 0."""
+  """A batch of what was sampled; demonstrations weigh 1, failed groups 0."""
   if stage.kind == "sft":
     values = scores.rewards
   else:
-    values = advantages.grpo(scores.rewards, eps=stage.advantage_eps)
+    penalty = np.zeros(scores.rewards.shape)
+    if stage.kl_coef and stage.kl_target == "reward":
+      assert old_logprobs is not None and ref_logprobs is not None
+      tokens, _ = kl.estimate(
+        jnp.asarray(old_logprobs),
+        jnp.asarray(ref_logprobs),
+        jnp.asarray(rollout.completion_mask),
+        estimator=stage.kl_estimator,
+        limit=stage.kl_limit,
+      )
+      penalty = stage.kl_coef * np.asarray(tokens, np.float64).sum(-1)
+      ref_logprobs = None  # no term in the loss
+    values = _estimate(stage, questions, scores, penalty)
   return Batch(
-    questions=questions, rollout=rollout, scores=scores, advantages=values
+    questions=questions,
+    rollout=rollout,
+    scores=scores,
+    advantages=values,
+    old_logprobs=old_logprobs,
+    ref_logprobs=ref_logprobs,
   )
 
 
-def choose(batch: Batch, count: int) -> np.ndarray:
-  """The questions to learn from, in their order: [count] indices.
+def _estimate(
+  stage: Stage,
+  questions: Sequence[Question],
+  scores: Scores,
+  penalty: np.ndarray,
+) -> np.ndarray:
+  """Advantages; estimators that look at the whole batch see all hosts'."""
+  options = dict(stage.advantage)
+  name = options.pop("name")
+  estimator = functools.partial(advantages.ESTIMATORS[name], **options)
+  kept, own = sharding.gather(~scores.failed)
+  values = np.zeros((len(kept), *penalty.shape[1:]), np.float32)
+  rewards, _ = sharding.gather(scores.rewards - penalty)
+  if name == "gdpo":
+    parts, _ = sharding.gather(np.stack([*scores.parts.values()], axis=1))
+    asked = [dict(q.example.rewards or stage.rewards) for q in questions]
+    weights, _ = sharding.gather(
+      np.array([[a.get(part, 0.0) for part in scores.parts] for a in asked])
+    )
+    values[kept] = estimator(np.moveaxis(parts[kept], 1, 0), weights[kept].T)
+  else:
+    values[kept] = estimator(rewards[kept])
+  return values[own]
 
-  Groups with unequal rewards first, for the others have no gradient; then
-  those of equal rewards; failed ones last.
+
+def enough(stage: Stage, waiting: Batch | None, found: Sequence[Batch]) -> bool:
+  """Whether a step has rolled out what it learns from, or may no more.
+
+  Args:
+    stage: its knobs.
+    waiting: groups with unequal rewards, left over by the step before.
+    found: rollouts of this step.
   """
-  rank = np.where(np.any(batch.advantages != 0, axis=1), 0, 1)
-  rank = np.where(batch.scores.failed, 2, rank)
-  return np.sort(np.argsort(rank, kind="stable")[:count])
+  if not found or len(found) == stage.max_rollouts:
+    return bool(found)
+  batches = [*found, waiting] if waiting else found
+  live = sum(int(batch.live.sum()) for batch in batches)
+  missing = stage.update_questions // jax.process_count() - live
+  return int(sharding.agree_max(missing)) <= 0
+
+
+def choose(
+  stage: Stage, batch: Batch, waiting: Batch | None
+) -> tuple[Batch, Batch | None]:
+  """The groups to learn from, and those to keep for the next step.
+
+  Args:
+    stage: its knobs.
+    batch: of this step.
+    waiting: what the step before kept; None: nothing.
+  """
+  groups = join([waiting, batch]) if waiting else batch
+  count = stage.update_questions // jax.process_count()
+  rows, rest = best_first(groups, count)
+  keep = stage.max_rollouts > 1 and len(rest)
+  return groups.take(rows), groups.take(rest) if keep else None
 
 
 def learn(
@@ -110,7 +215,6 @@ def learn(
   stage: Stage,
   learner: Learner,
   state: TrainState,
-  reference: Params | None,
   batch: Batch,
   step: int,
 ) -> tuple[TrainState, Metrics, Experience]:
@@ -121,7 +225,6 @@ def learn(
     stage: its knobs.
     learner: of the stage.
     state: donated.
-    reference: of the KL term; None: there is none.
     batch: what was chosen; failed groups are masked out.
     step: of the stage, from 0; the learning rate goes by it.
 
@@ -129,143 +232,52 @@ def learn(
     The new state, metrics of all hosts, and the last update's experience.
   """
   parts = stage.updates_per_rollout
-  mask = batch.rollout.completion_mask
-  mask = mask & ~batch.scores.failed[:, None, None]
+  mask = batch.trained(stage.mask_truncated)
 
-  def place(x: np.ndarray) -> jax.Array:
+  def place(x: np.ndarray | None) -> Any:
+    if x is None:
+      return None
     return sharding.place(
       job.mesh, unbatch(x, stage.microbatches), ("microbatch",)
     )
 
   metrics: Metrics = {}
-  experiences: list[Experience] = []
-  for rows in np.split(np.arange(len(batch.questions)), parts):
+  every = job.config["limits"]["blind_every"]
+  for i, rows in enumerate(np.split(np.arange(len(batch.questions)), parts)):
+    share = batch.take(rows)
     local = pack(
-      [batch.questions[q] for q in rows],
-      batch.rollout.completion_ids[rows],
+      share.questions,
+      share.rollout.completion_ids,
       mask[rows],
       microbatches=stage.microbatches,
       layout=job.processor.layout,
     )
-    tree = sharding.place(job.mesh, local, ("microbatch",))
-    every = job.config["limits"]["blind_every"]
-    if not experiences and every and step % every == 0:
-      metrics = picture_effect(
+    if i == 0 and every and step % every == 0:
+      metrics = watch.picture_effect(
         job, learner, state.params, local, place(mask[rows])
       )
-    experiences.append(
-      Experience(
-        tree=tree,
-        completion_mask=place(mask[rows]),
-        advantages=place(batch.advantages[rows].astype(np.float32)),
-        sampler_logprobs=place(batch.rollout.sampler_logprobs[rows]),
-        # A rollout's only update starts from the policy that it updates.
-        old_logprobs=(
-          learner.logprobs(state.params, tree) if parts > 1 else None
-        ),
-        ref_logprobs=(
-          None if reference is None else learner.logprobs(reference, tree)
-        ),
-      )
+    experience = Experience(
+      tree=sharding.place(job.mesh, local, ("microbatch",)),
+      completion_mask=place(mask[rows]),
+      advantages=place(share.advantages.astype(np.float32)),
+      groups=place(membership(share.questions, stage.labels)),
+      sampler_logprobs=place(share.rollout.sampler_logprobs),
+      old_logprobs=place(share.old_logprobs),
+      ref_logprobs=place(share.ref_logprobs),
     )
-  for i, experience in enumerate(experiences):
     rate = stage.learning_rate_at(step * parts + i)
     state, pairs = learner.update(state, experience, rate)
-    found = {n: (float(s), float(c)) for n, (s, c) in pairs.items()}
-    metrics = add(metrics, found | {"learning_rate": (rate, 1.0)})
+    metrics = add(metrics, _named(pairs, stage.labels))
+    metrics = add(metrics, {"learning_rate": (rate, 1.0)})
   return state, metrics, experience
 
 
-def picture_effect(
-  job: Job, learner: Learner, params: Params, tree: Tree, mask: jax.Array
-) -> Metrics:
-  """How much completions' logprobs change with another question's pictures.
-
-  A model that does not see still learns: the answers' form, and what is
-  frequent. Its pictures change nothing, and this is exactly 0.
-
-  Args:
-    job: the mesh.
-    learner: of the stage.
-    params: the policy.
-    tree: packed rows of this host [U Q/U ...].
-    mask: completion_mask, global [U Q/U G C].
-
-  Returns:
-    The mean absolute change of a token, over the questions whose pictures were
-    exchanged for others; nothing for text alone.
-  """
-  if tree.vision is None:
-    return {}
-  pixels = tree.vision.pixel_values
-  others = np.roll(pixels, 1, axis=1)
-  changed = (pixels != others).any(axis=(2, 3))  # [U S]
-  changed = np.repeat(changed, tree.ids.shape[1] // changed.shape[1], axis=1)
-  vision = dataclasses.replace(tree.vision, pixel_values=others)
-  trees = tree, dataclasses.replace(tree, vision=vision)
-  seen, shown_others, changed = sharding.place(
-    job.mesh, (*trees, changed), ("microbatch",)
-  )
-  change = jnp.abs(
-    learner.logprobs(params, seen) - learner.logprobs(params, shown_others)
-  )
-  counted = mask & changed[..., None, None]
-  count = float(jnp.sum(counted))
-  if not count:
-    return {}
-  return {"picture_effect": (float(jnp.sum(change * counted)), count)}
-
-
-def rollout_metrics(batch: Batch) -> Metrics:
-  """What a rollout earned and how long it was, over all hosts."""
-  scores, rollout = batch.scores, batch.rollout
-  kept = ~scores.failed
-  rows = float(kept.sum() * rollout.truncated.shape[1])
-  live = np.any(batch.advantages != 0, axis=1)
-  lengths = rollout.completion_mask.sum(-1)
-  local: Metrics = {
-    "length": (lengths.sum(), float(lengths.size)),
-    "truncated": (rollout.truncated.sum(), float(lengths.size)),
-    "live_groups": (live.sum(), float(len(live))),
-    "failed_groups": (scores.failed.sum(), 1.0),
-  }
-  if scores.parts:  # a demonstration earns nothing
-    local["reward"] = (scores.rewards[kept].sum(), rows)
-  for name, part in scores.parts.items():
-    paid = part[kept & ~np.isnan(part).any(1)]  # not of rows with their own
-    local[f"reward/{name}"] = (paid.sum(), float(paid.size))
-  if scores.accuracy is not None:
-    local["accuracy"] = (scores.accuracy[kept].sum(), rows)
-  pairs = sharding.sum_over_hosts([list(pair) for pair in local.values()])
-  return {
-    n: (float(s), float(c)) for n, (s, c) in zip(local, pairs, strict=True)
-  }
-
-
-def cost(
-  job: Job, stage: Stage, batch: Batch, chosen: Batch
-) -> dict[str, float]:
-  """What this step adds to the stage's ledger, over all hosts."""
-  patches = sum(len(q.pixel_values) for q in batch.questions)
-  prompts = sum(len(q.prompt_ids) for q in batch.questions)
-  generated = float(batch.rollout.completion_mask.sum())
-  trained = float(chosen.rollout.completion_mask.sum())
-  counts = {
-    "questions": len(batch.questions),
-    "patches": patches,
-    "prompt_tokens": prompts,
-    "generated_tokens": generated if stage.kind == "grpo" else 0.0,
-    "trained_tokens": trained,
-  }
-  rows = sum(len(q.prompt_ids) for q in chosen.questions) + trained
-  seen = sum(len(q.pixel_values) for q in chosen.questions)
-  decoder, tower = job.matrix_sizes
-  # 2 per weight and token forward, 4 backward; attention is not counted.
-  rolled = counts["generated_tokens"] + prompts * (stage.kind == "grpo")
-  flops = 2.0 * decoder * rolled + 6.0 * decoder * rows
-  flops += 2.0 * tower * patches * (stage.kind == "grpo") + 6.0 * tower * seen
-  counts["model_flops"] = flops
-  totals = sharding.sum_over_hosts(list(counts.values()))
-  return dict(zip(counts, totals.tolist(), strict=True)) | {
-    "updates": stage.updates_per_rollout
-  }
+def _named(pairs: object, labels: Sequence[str]) -> Metrics:
+  metrics: Metrics = {}
+  for name, pair in jax.device_get(pairs).items():
+    sums, counts = pair
+    if sums.ndim:
+      metrics |= named(name, sums, counts, labels)
+    else:
+      metrics[name] = (float(sums), float(counts))
+  return metrics

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from jaxvlm import watch
+from jaxvlm.batch import Batch, join
 from jaxvlm.books import Books
 from jaxvlm.display import Display
 from jaxvlm.job import Job
@@ -16,11 +18,11 @@ from jaxvlm.stages import Ledger, Stage
 from jaxvlm.step import (
   advantages_of,
   choose,
-  cost,
-  demonstrations,
+  enough,
+  grade,
   learn,
-  rollout_metrics,
-  score,
+  policy_logprobs,
+  roll_out,
 )
 
 
@@ -51,7 +53,7 @@ def run(job: Job, display: Display) -> None:
       loader.set_state(position)
       reference = books.reference(stage, state.params, progress)
       ledger = Ledger(**progress.ledgers.get(stage.name, {}))
-      draws = stage.make_draws()
+      waiting = None  # groups that were more than a step needs
       with (
         contextlib.nullcontext()
         if stage.kind == "sft"
@@ -60,40 +62,45 @@ def run(job: Job, display: Display) -> None:
       ):
         while progress.step < stage.steps:
           started = time.monotonic()
-          with timers("data"):
-            questions = next(loader)
-          with timers("rollout"):
-            if stage.kind == "sft":
-              rollout = demonstrations(questions, draws.max_completion_length)
-            else:
-              weights = sampler.weights(state.params)
-              key = step_key(job, stage, progress.step)
-              rollout = sampler.sample(weights, questions, key=key, draws=draws)
-          with timers("score"):
-            scores = score(job, scorer, questions, rollout)
-          batch = advantages_of(stage, questions, rollout, scores)
+          found: list[Batch] = []
+          key = step_key(job, stage, progress.step)
+          while not enough(stage, waiting, found):
+            with timers("data"):
+              questions = next(loader)
+            with timers("rollout"):
+              rollout = roll_out(stage, sampler, state.params, questions, key)
+            grades = grade(job, scorer, questions, rollout)
+            with timers("logprobs"):
+              logprobs = policy_logprobs(
+                job, stage, learner, state.params, reference, questions, rollout
+              )
+            with timers("score"):
+              scores = grades()
+            found.append(
+              advantages_of(stage, questions, rollout, scores, *logprobs)
+            )
+            for message in scores.messages:
+              display.print(message)
+          batch = join(found)
+          chosen, waiting = choose(stage, batch, waiting)
           with timers("update"):
-            chosen = batch.take(choose(batch, stage.update_questions))
             state, metrics, experience = learn(
-              job, stage, learner, state, reference, chosen, progress.step
+              job, stage, learner, state, chosen, progress.step
             )
 
           progress.step += 1
           progress.global_step += 1
-          metrics = add(metrics, rollout_metrics(batch))
+          metrics = add(metrics, watch.rollout_metrics(stage, batch))
+          metrics = add(metrics, watch.supply(stage, found, chosen))
           progress.skipped_updates += int(metrics["update_skipped"][0])
           progress.failed_groups += int(metrics["failed_groups"][0])
-          spent = cost(job, stage, batch, chosen)
+          spent = watch.cost(job, stage, batch, chosen)
           ledger.add(**spent)
           progress.ledgers[stage.name] = vars(ledger).copy()
-          for message in scores.messages:
-            display.print(message)
           seconds = time.monotonic() - started
-          tokens = spent["prompt_tokens"] + spent["generated_tokens"]
-          timing = timers.take() | {
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-          }
+          timing = timers.take() | watch.speed(
+            spent, stage.num_completions, seconds
+          )
           averages = means(metrics)
           books.step(stage, progress, batch, averages, timing)
           books.check_limits(stage, progress, averages, experience)
@@ -102,6 +109,9 @@ def run(job: Job, display: Display) -> None:
           if evaluate_every and progress.step % evaluate_every == 0:
             books.evaluate(stage.name, state.params, progress, stage)
           if progress.step % every == 0:
+            waiting = (
+              None  # no checkpoint holds them, so a resumed run is equal
+            )
             books.save(state, progress, loader.get_state())
 
       books.evaluate(stage.name, state.params, progress, stage)
@@ -117,6 +127,7 @@ def run(job: Job, display: Display) -> None:
         position = job.make_loader(progress.stage).get_state()
       else:
         state = TrainState(params=params, opt_state=state.opt_state)
+        position = loader.get_state()
       books.save(state, progress, position)
     books.finish(state.params, progress)
 

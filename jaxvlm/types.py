@@ -37,6 +37,7 @@ class Example:
   images: tuple[Picture, ...] = ()
   task: str = ""  # evaluation reports accuracy for each task
   name: str = ""  # file and row, for messages
+  report_as: str = ""  # metrics of a step are kept apart by this name
   response: str | None = None  # None: sampled; text: the target of SFT
   # A conversation as chat templates take it, its pictures in `images` and its
   # last turn also in `problem`; (): the problem is the only turn.
@@ -144,6 +145,7 @@ class Experience:
   tree: Tree
   completion_mask: Bool[Array, "Q G C"]
   advantages: Float[Array, "Q G"]
+  groups: Bool[Array, "Q K"]  # of questions, for which metrics are kept apart
   sampler_logprobs: Float[Array, "Q G C"]
   old_logprobs: Float[Array, "Q G C"] | None  # None: this rollout's only update
   ref_logprobs: Float[Array, "Q G C"] | None  # None: no KL term

@@ -231,13 +231,13 @@ def score(completion, example):
 CONFIG = """
 import pathlib
 
-from configs import common
+from configs import common, presets
 
 HERE = pathlib.Path(__file__).parent
 REWARD = f"{HERE}/my_rewards.py:score"
 
 
-def get_config():
+def get_config(arm=""):
   config = common.base(
     workdir=f"{HERE}/run", schedule=("warm", "perceive", "reason")
   )
@@ -287,6 +287,12 @@ def get_config():
     "reference": "base",
     "reset_optimizer": False,
   })
+  if arm == "presets":
+    config.schedule = tuple(presets.PRESETS)
+    for name in presets.PRESETS:
+      config.stages[name] = common.stage(
+        **shared | presets.method(name) | {"steps": 1}
+      )
   return config
 
 

@@ -13,17 +13,27 @@ from jaxvlm import sharding
 from jaxvlm.data.vision_layout import pack_vision
 from jaxvlm.learner import Learner, Objective, Optimizer
 from jaxvlm.packing import pack, unbatch
-from jaxvlm.rl.losses import clipped_surrogate, k3
+from jaxvlm.rl import kl, losses
+from jaxvlm.rl.surrogates import SURROGATES, importance_weights
 from jaxvlm.types import Experience
 
 OBJECTIVE = Objective(
   kind="grpo",
   temperature=0.7,
-  clip_low=0.2,
-  clip_high=0.3,
-  clip_dual=3.0,
+  surrogate=(
+    ("clip_dual", 3.0),
+    ("clip_high", 0.3),
+    ("clip_low", 0.2),
+    ("name", "clip"),
+  ),
+  aggregation="token",
+  max_completion_length=8,
   kl_coef=0.1,
+  kl_estimator="k3",
   kl_limit=20.0,
+  entropy_coef=0.0,
+  importance=None,
+  importance_cap=1.5,
   logprob_chunk=16,
 )
 # Without a first moment's memory, adam's mu is the clipped gradient itself.
@@ -199,6 +209,7 @@ def make_experience(questions, rollout, layout):
       tree=sharding.place(mesh, change(tree), ("microbatch",)),
       completion_mask=place(rollout.completion_mask),
       advantages=place(batch.advantages),
+      groups=place(np.stack([np.ones(8, bool), np.arange(8) < 3], axis=1)),
       sampler_logprobs=place(rollout.sampler_logprobs),
       old_logprobs=place(batch.old),
       ref_logprobs=place(batch.ref),
@@ -211,8 +222,8 @@ def make_experience(questions, rollout, layout):
 def run(params, place_params, make_experience):
   """One update from `params`: (state, metrics), on the host."""
 
-  def update(learner, mesh, batch, **changes):
-    state = learner.init(place_params(params, mesh))
+  def update(learner, mesh, batch, start=params, **changes):
+    state = learner.init(place_params(start, mesh))
     state, metrics = learner.update(
       state, make_experience(mesh, batch, **changes), RATE
     )
@@ -233,22 +244,37 @@ def logprobs(learner, params, place_params, make_experience, mesh, batch):
 
 
 def grpo_loss(rollout, batch, **changes):
-  """The loss of the whole update, a token mean, from logprobs."""
+  """The loss of the whole update from logprobs."""
   objective = dataclasses.replace(OBJECTIVE, **changes)
   mask = jnp.asarray(rollout.completion_mask)
 
   def loss(logprobs):
-    surrogate, _ = clipped_surrogate(
+    bounds = dict(objective.surrogate)
+    surrogate = SURROGATES[bounds.pop("name")]
+    values, _ = surrogate(logprobs, batch.old, batch.advantages, mask, **bounds)
+    if objective.importance:
+      weights, _ = importance_weights(
+        batch.old,
+        rollout.sampler_logprobs,
+        mask,
+        mode=objective.importance,
+        cap=objective.importance_cap,
+      )
+      values = values * weights
+    penalty, _ = kl.estimate(
       logprobs,
-      batch.old,
-      batch.advantages,
+      batch.ref,
       mask,
-      clip_low=objective.clip_low,
-      clip_high=objective.clip_high,
-      clip_dual=objective.clip_dual,
+      estimator=objective.kl_estimator,
+      limit=objective.kl_limit,
     )
-    kl, _ = k3(logprobs, batch.ref, mask, limit=objective.kl_limit)
-    return (surrogate + objective.kl_coef * kl).sum() / mask.sum()
+    total, count = losses.aggregate(
+      values + objective.kl_coef * penalty,
+      mask,
+      aggregation=objective.aggregation,
+      length=objective.max_completion_length,
+    )
+    return total / count
 
   return loss
 
@@ -279,11 +305,24 @@ def test_packed_loss_and_every_gradient_equal_naive_rows(
   assert all(np.abs(g).max() > 0 for g in expected.values())
   assert_trees_close(gradients(state, metrics), expected, 1e-5)
   for clip in ("clip_low", "clip_high", "clip_dual"):
-    assert metrics[clip][0] > 0
+    assert metrics[clip][0][0] > 0
+
+
+def clip(**changes):
+  bounds = dict(OBJECTIVE.surrogate) | changes
+  return tuple(sorted(bounds.items()))
 
 
 @pytest.mark.parametrize(
-  "change", [{"kl_coef": 0.0}, {"clip_dual": None}, {"clip_high": 9.0}]
+  "change",
+  [
+    {"kl_coef": 0.0},
+    {"kl_estimator": "k2"},
+    {"surrogate": clip(clip_dual=None)},
+    {"surrogate": clip(clip_high=9.0)},
+    {"aggregation": "sequence"},
+    {"importance": "token_truncate"},
+  ],
 )
 def test_each_term_of_the_loss_moves_the_gradient(
   base, naive, params, questions, rollout, batch, change
@@ -370,7 +409,92 @@ def test_microbatches_padding_and_chunks_do_not_matter(
   assert_same_update(found, base, params)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def options(name, **bounds):
+  return tuple(sorted({"name": name, **bounds}.items()))
+
+
+# Each surrogate, aggregation, estimator of KL and kind of importance weight.
+MODES = {
+  "clip": {"aggregation": "sequence", "importance": "sequence_mask"},
+  "gspo": {
+    "surrogate": options("gspo", clip_low=0.1, clip_high=0.2),
+    "aggregation": "sequence_sum",
+    "kl_estimator": "k2",
+  },
+  "gspo_token": {
+    "surrogate": options("gspo_token", clip_low=0.1, clip_high=0.2),
+    "aggregation": "sequence",
+    "kl_estimator": "k1",
+  },
+  "cispo": {
+    "surrogate": options("cispo", weight_low=0.5, weight_high=1.5),
+    "aggregation": "fixed",
+    "importance": "token_truncate",
+  },
+  "sapo": {
+    "surrogate": options("sapo", tau_positive=1.0, tau_negative=1.05),
+    "importance": "sequence_truncate",
+  },
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_the_naive_loss_on_padded_microbatches_of_a_mesh(
+  run, make_learner, make_mesh, naive, params, questions, rollout, batch, mode
+):
+  objective = dataclasses.replace(OBJECTIVE, **MODES[mode])
+  mesh = make_mesh(2, 2, 2)
+  found = run(
+    make_learner(mesh, objective=objective),
+    mesh,
+    batch,
+    microbatches=2,
+    change=pad,
+  )
+  loss = grpo_loss(rollout, batch, **MODES[mode])
+  logprobs, expected = naive(
+    params, questions, rollout, OBJECTIVE.temperature, loss
+  )
+  total, count = found[1]["loss"]
+  np.testing.assert_allclose(total / count, loss(logprobs), rtol=2e-5)
+  assert_trees_close(gradients(*found), expected, 2e-5)
+
+
+def test_the_entropy_bonus_raises_the_entropy(run, make_learner, mesh, batch):
+  calm = dataclasses.replace(
+    batch, advantages=0 * batch.advantages, old=None, ref=None
+  )
+  objective = dataclasses.replace(OBJECTIVE, entropy_coef=2.0)
+  learner = make_learner(mesh, objective=objective)
+  state, metrics = run(learner, mesh, calm)
+  entropy, tokens = (x[0] for x in metrics["entropy"])
+  np.testing.assert_allclose(metrics["loss"][0], -2 * entropy, rtol=1e-5)
+  again = run(learner, mesh, calm, start=state.params)[1]["entropy"]
+  assert again[0][0] / tokens > entropy / tokens + 0.01
+
+
+def test_figures_are_kept_apart_by_group(base, batch, rollout, logprobs):
+  """The second group of these tests is the first three questions."""
+  own = np.where(rollout.completion_mask, batch.old - logprobs, 0)
+  sums, counts = base[1]["approx_kl"]
+  np.testing.assert_allclose(sums, [own.sum(), own[:3].sum()], rtol=1e-4)
+  lengths = rollout.completion_mask.sum((1, 2))
+  np.testing.assert_array_equal(counts, [lengths.sum(), lengths[:3].sum()])
+
+
+def test_the_gradients_norm_is_said_of_each_part(base, network):
+  grads = gradients(*base)
+  squares = dict.fromkeys(("vision_tower", "merger", "decoder"), 0.0)
+  for path, grad in grads.items():
+    part = network.part_of(tuple(path.split("/")))
+    squares[part] += np.square(grad, dtype=np.float64).sum()
+  for part, square in squares.items():
+    norm, count = base[1][f"grad_norm/{part}"]
+    np.testing.assert_allclose(norm, np.sqrt(square), rtol=1e-4)
+    assert count == 1
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1)])
 def test_the_mesh_does_not_matter(
   run, make_learner, make_mesh, batch, base, params, sizes
 ):
@@ -513,13 +637,14 @@ def test_without_old_logprobs_the_update_starts_from_its_own(muon, own):
     )
   for metrics in (muon[1], own[1]):
     np.testing.assert_allclose(metrics["approx_kl"][0], 0, atol=1e-3)
-  assert 0 < muon[1]["sampler_gap"][0] / muon[1]["sampler_gap"][1] < 1e-4
+  total, count = (x[0] for x in muon[1]["sampler_gap"])
+  assert 0 < total / count < 1e-4
 
 
 def test_the_reference_is_what_the_kl_is_measured_from(base, muon, own):
   assert "kl" not in muon[1]
-  assert own[1]["kl"][0] == pytest.approx(0, abs=1e-6)
-  assert base[1]["kl"][0] / base[1]["kl"][1] > 0.05
+  assert own[1]["kl"][0] == pytest.approx([0, 0], abs=1e-6)
+  assert (base[1]["kl"][0] / base[1]["kl"][1] > 0.05).all()
 
 
 # -- SFT and frozen parts ------------------------------------------------------

@@ -34,7 +34,7 @@ def refused(launch, tmp_path):
   ("argv", "told"),
   [
     (["stages.perceive.stepz=1"], "--config.stages.perceive: no field 'stepz'"),
-    (["stages.perceive.stepz=1"], "there are advantage_eps, clip_dual"),
+    (["stages.perceive.stepz=1"], "there are advantage, aggregation"),
     (["seed.x=1"], "--config.seed: no field 'x'; there are none."),
     (["seed=x"], "flag --config.seed=x: invalid literal for int()"),
     (["--foo=1"], "Unknown command line flag 'foo'"),

@@ -26,18 +26,29 @@ def make_stage(**changes):
       "rewards": (("exact", 1.0),),
       "steps": 10,
       "rollout_questions": 16,
+      "max_rollouts": 1,
       "update_questions": 16,
       "updates_per_rollout": 2,
       "microbatches": 2,
       "num_completions": 4,
       "max_completion_length": 32,
       "temperature": 0.8,
-      "advantage_eps": 1e-6,
-      "clip_low": 0.2,
-      "clip_high": 0.3,
-      "clip_dual": 3.0,
+      "advantage": {"name": "grpo", "eps": 1e-6},
+      "surrogate": {
+        "name": "clip",
+        "clip_low": 0.2,
+        "clip_high": 0.3,
+        "clip_dual": 3.0,
+      },
+      "aggregation": "token",
+      "mask_truncated": False,
+      "importance": None,
+      "importance_cap": 2.0,
+      "entropy_coef": 0.0,
       "kl_coef": 0.01,
+      "kl_estimator": "k3",
       "kl_limit": 20.0,
+      "kl_target": "loss",
       "reference": "stage_start",
       "freeze": (),
       "optimizer": OPTIMIZER,
@@ -72,6 +83,51 @@ def make_stage(**changes):
       {"promote": "first"},
       "promote: got 'first'",
       "expected one of latest, best",
+    ),
+    (
+      {
+        "kl_target": "reward",
+        "advantage": {"name": "gdpo", "eps": 0.1},
+      },
+      "kl_target: got 'reward'",
+      "gdpo normalises each reward by itself; expected loss",
+    ),
+    (
+      {"kl_target": "both"},
+      "kl_target: got 'both'",
+      "expected one of loss, reward",
+    ),
+    ({"kl_estimator": "k4"}, "kl_estimator: got 'k4'", "one of k1, k2, k3"),
+    (
+      {"aggregation": "mean"},
+      "aggregation: got 'mean'",
+      "expected one of token, sequence, sequence_sum, fixed",
+    ),
+    (
+      {"importance": "token"},
+      "importance: got 'token'",
+      "expected one of None, token_truncate",
+    ),
+    (
+      {"advantage": {"name": "ppo"}},
+      "advantage: got {'name': 'ppo'}",
+      "expected a name, one of grpo, dr_grpo, rloo, batch_std, gdpo",
+    ),
+    (
+      {"advantage": {"name": "rloo", "eps": 0.1}},
+      "advantage: got {'name': 'rloo', 'eps': 0.1}",
+      "rloo takes nothing else",
+    ),
+    (
+      {"surrogate": {"name": "gspo", "clip_low": 0.1}},
+      "surrogate: got {'name': 'gspo', 'clip_low': 0.1}",
+      "gspo takes clip_high, clip_low",
+    ),
+    ({"max_rollouts": 0}, "max_rollouts: got 0", "expected at least 1"),
+    (
+      {"max_rollouts": 2, "update_questions": 8},
+      "max_rollouts: got 2",
+      "rollout_questions = update_questions; expected 1",
     ),
     ({"steps": 0}, "steps: got 0", "expected at least 1"),
     ({"microbatches": 0}, "microbatches: got 0", "expected at least 1"),
@@ -161,6 +217,7 @@ def test_questions_that_the_mesh_does_not_divide_are_refused(
   ("changes", "rates"),
   [
     ({}, {0: 1.0, 19: 1.0}),
+    ({"lr_warmup": 0.2}, {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 19: 1.0}),
     ({"lr_warmup": 4}, {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 19: 1.0}),
     ({"lr_schedule": "linear"}, {0: 1.0, 5: 0.75, 10: 0.5, 19: 0.05}),
     (
@@ -246,8 +303,15 @@ def test_training_rollouts_draw_from_the_distribution_that_is_trained():
   assert (draws.top_k, draws.top_p) == (0, 1.0)
   assert draws.temperature == objective.temperature == 0.8
   assert (draws.num_completions, draws.max_completion_length) == (4, 32)
-  assert (objective.clip_low, objective.clip_high) == (0.2, 0.3)
-  assert (objective.kl_coef, objective.clip_dual) == (0.01, 3.0)
+  assert dict(objective.surrogate) == stage.surrogate
+  assert objective.kl_coef == 0.01
+
+
+def test_a_kl_term_in_the_reward_is_none_in_the_loss():
+  stage = make_stage(kl_target="reward", updates_per_rollout=1)
+  assert stage.make_objective().kl_coef == 0.0
+  assert stage.asks_old_logprobs
+  assert not make_stage(updates_per_rollout=1).asks_old_logprobs
 
 
 def test_the_optimizer_is_what_the_config_names():

@@ -3,75 +3,22 @@
 import dataclasses
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxvlm import step
-from jaxvlm.step import Batch
-from jaxvlm.types import Scores
-
-
-@pytest.fixture
-def job(mesh, layout):
-  return types.SimpleNamespace(
-    config={"limits": {"blind_every": 0}},
-    mesh=mesh,
-    processor=types.SimpleNamespace(
-      layout=layout, decode=lambda ids: "-".join(map(str, ids))
-    ),
-    matrix_sizes=(1000, 100),
-  )
-
-
-@pytest.fixture
-def stage():
-  return types.SimpleNamespace(
-    kind="grpo",
-    advantage_eps=1e-9,
-    updates_per_rollout=2,
-    microbatches=2,
-    learning_rate_at=lambda update: 0.1 * update,
-  )
-
-
-REWARDS = np.array(
-  [[1, 1, 1], [1, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0], [1, 1, 0]]
-  + [[0] * 3] * 2,
-  np.float64,
+from tests.steps import (  # noqa: F401
+  FAILED,
+  REWARDS,
+  advantages_of,
+  batch_fixture,
+  completions_fixture,
+  job_fixture,
+  learner_fixture,
+  scores_fixture,
+  stage_fixture,
 )
-FAILED = np.array([False, False, True, False, False, False, False, True])
-
-
-@pytest.fixture
-def completions():
-  """Completion (q, g) has 1 + (q + g) % 4 tokens."""
-  lengths = 1 + (np.arange(8)[:, None] + np.arange(3)) % 4
-  mask = np.arange(4) < lengths[..., None]
-  ids = np.where(mask, np.arange(96).reshape(8, 3, 4) % 40 + 7, 0)
-  return step.Rollout(
-    completion_ids=ids.astype(np.int32),
-    completion_mask=mask,
-    truncated=lengths == 4,
-    sampler_logprobs=np.where(mask, -1.0 - ids / 100, 0).astype(np.float32),
-  )
-
-
-@pytest.fixture
-def scores():
-  # Question 5 has another reward of its own.
-  own = np.arange(8)[:, None] == 5
-  parts = {
-    "exact": np.where(own, np.nan, REWARDS),
-    "mine": np.where(own, REWARDS, np.nan),
-  }
-  return Scores(rewards=REWARDS, parts=parts, failed=FAILED, accuracy=REWARDS)
-
-
-@pytest.fixture
-def batch(stage, questions, completions, scores):
-  return step.advantages_of(stage, questions, completions, scores)
 
 
 def test_advantages_are_of_the_group(batch):
@@ -84,50 +31,99 @@ def test_advantages_are_of_the_group(batch):
 
 def test_demonstrations_weigh_one(stage, questions, completions, job):
   stage.kind = "sft"
-  scores = step.score(job, None, questions, completions)
-  batch = step.advantages_of(stage, questions, completions, scores)
+  scores = step.grade(job, None, questions, completions)()
+  batch = advantages_of(stage, questions, completions, scores)
   np.testing.assert_array_equal(batch.advantages, np.ones((8, 3)))
   assert not scores.failed.any() and scores.parts == {}
 
 
 @pytest.mark.parametrize(
-  ("count", "rows"),
-  [
-    (2, [1, 3]),
-    (3, [1, 3, 5]),
-    (4, [0, 1, 3, 5]),
-    (6, [0, 1, 3, 4, 5, 6]),
-    (7, [0, 1, 2, 3, 4, 5, 6]),
-    (8, [0, 1, 2, 3, 4, 5, 6, 7]),
-  ],
+  ("name", "first"),
+  [("dr_grpo", [2 / 3, -1 / 3, -1 / 3]), ("rloo", [1, -0.5, -0.5])],
 )
-def test_live_groups_are_chosen_first_failed_last_in_their_order(
-  batch, count, rows
+def test_the_estimator_is_the_one_that_is_named(
+  stage, questions, completions, scores, name, first
 ):
-  np.testing.assert_array_equal(step.choose(batch, count), rows)
+  stage.advantage = {"name": name}
+  found = advantages_of(stage, questions, completions, scores).advantages
+  np.testing.assert_allclose(found[1], first, rtol=1e-6)
 
 
-def test_a_failed_group_is_last_even_if_it_looks_alive(batch):
-  failed = np.arange(8) == 1
-  scores = dataclasses.replace(batch.scores, failed=failed)
-  chosen = step.choose(dataclasses.replace(batch, scores=scores), 7)
-  assert 1 not in chosen
+def test_failed_groups_do_not_count_in_the_deviation_of_a_batch(
+  stage, questions, completions, scores
+):
+  stage.advantage = {"name": "batch_std", "eps": 0.0}
+  found = advantages_of(stage, questions, completions, scores).advantages
+  deviation = REWARDS[~FAILED].std(ddof=1)
+  np.testing.assert_allclose(found[1, 0], 2 / 3 / deviation, rtol=1e-6)
+  assert (found[FAILED] == 0).all()
 
 
-def test_taking_rows_takes_them_everywhere(batch, questions):
-  rows = np.array([3, 5])
-  taken = batch.take(rows)
-  assert [q.question_id for q in taken.questions] == [103, 105]
-  np.testing.assert_array_equal(taken.advantages, batch.advantages[rows])
-  np.testing.assert_array_equal(taken.scores.rewards, REWARDS[rows])
-  np.testing.assert_array_equal(taken.scores.parts["exact"][0], REWARDS[3])
-  assert np.isnan(taken.scores.parts["exact"][1]).all()
-  np.testing.assert_array_equal(taken.scores.accuracy, REWARDS[rows])
-  np.testing.assert_array_equal(taken.scores.failed, FAILED[rows])
-  for found, whole in zip(
-    jax.tree.leaves(taken.rollout), jax.tree.leaves(batch.rollout), strict=True
-  ):
-    np.testing.assert_array_equal(found, whole[rows])
+def test_gdpo_takes_the_parts_and_their_weights(
+  stage, questions, completions, scores
+):
+  stage.advantage = {"name": "gdpo", "eps": 1e-9}
+  stage.rewards = (("exact", 1.0), ("short", 2.0))
+  short = np.broadcast_to([0.0, 0.01, 0.02], REWARDS.shape)
+  scores = dataclasses.replace(scores, parts={"exact": REWARDS, "short": short})
+  found = advantages_of(stage, questions, completions, scores).advantages
+  # Of a group that is right or wrong as a whole, the second part alone is left.
+  assert found[0, 0] == -found[0, 2] < 0
+  # 2 / sqrt(3) - 2 and -1 / sqrt(3) + 2, over one deviation.
+  ratio = (2 / np.sqrt(3) - 2) / (2 - 1 / np.sqrt(3))
+  np.testing.assert_allclose(found[1, 0] / found[1, 2], ratio, rtol=1e-6)
+
+
+def test_a_kl_penalty_is_taken_from_the_reward(
+  stage, questions, completions, scores
+):
+  stage.kl_coef, stage.kl_target = 0.5, "reward"
+  stage.advantage = {"name": "dr_grpo"}
+  mask = completions.completion_mask
+  old = np.where(mask, -1.0, np.nan).astype(np.float32)
+  ref = np.where(mask, -1.5, np.nan).astype(np.float32)
+  found = advantages_of(stage, questions, completions, scores, old, ref)
+  paid = REWARDS - 0.5 * 0.5 * mask.sum(-1)
+  expected = paid - paid.mean(1, keepdims=True)
+  np.testing.assert_allclose(
+    found.advantages[~FAILED], expected[~FAILED], rtol=1e-6
+  )
+  assert found.ref_logprobs is None  # no second term in the loss
+  np.testing.assert_array_equal(found.scores.rewards, REWARDS)
+
+
+# -- how much is rolled out ------------------------------------------------------
+
+
+def few(batch, rows):
+  return batch.take(np.array(rows))
+
+
+def test_a_step_rolls_out_once_where_it_may_no_more(stage, batch):
+  assert not step.enough(stage, None, [])
+  assert step.enough(stage, None, [batch])
+
+
+def test_groups_of_one_reward_are_replaced_up_to_the_budget(stage, batch):
+  stage.max_rollouts, stage.update_questions = 3, 4
+  assert not step.enough(stage, None, [batch])  # 3 groups are alive
+  assert step.enough(stage, None, [batch, batch])
+  assert step.enough(stage, few(batch, [1]), [batch])
+  dead = few(batch, [0, 2, 4])
+  assert not step.enough(stage, None, [dead, dead])
+  assert step.enough(stage, None, [dead, dead, dead])
+
+
+def test_what_waited_is_learned_from_first_and_the_rest_waits(stage, batch):
+  stage.max_rollouts, stage.update_questions = 2, 3
+  chosen, waiting = step.choose(stage, batch, few(batch, [3]))
+  ids = [q.question_id - 100 for q in chosen.questions]
+  assert ids == [3, 1, 3]
+  assert [q.question_id - 100 for q in waiting.questions] == [5]
+  _, waiting = step.choose(stage, batch, None)
+  assert waiting is None
+  stage.max_rollouts, stage.update_questions = 1, 2
+  assert step.choose(stage, batch, None)[1] is None  # they are let go
 
 
 def test_written_responses_become_a_rollout_of_one_completion(questions):
@@ -148,7 +144,7 @@ def test_written_responses_become_a_rollout_of_one_completion(questions):
 def test_completions_are_scored_as_text_beside_their_examples(
   job, questions, completions, scores
 ):
-  def score(texts, examples, lengths):
+  def start(texts, examples, lengths):
     np.testing.assert_array_equal(
       lengths, 1 + (np.arange(8)[:, None] + np.arange(3)) % 4
     )
@@ -156,73 +152,87 @@ def test_completions_are_scored_as_text_beside_their_examples(
     assert texts[0][1] == "-".join(
       str(i) for i in completions.completion_ids[0, 1][:2]
     )
-    return scores
+    return types.SimpleNamespace(result=lambda: scores)
 
-  scorer = types.SimpleNamespace(score=score)
-  assert step.score(job, scorer, questions, completions) is scores
+  scorer = types.SimpleNamespace(start=start)
+  assert step.grade(job, scorer, questions, completions)() is scores
 
 
 # -- learn ---------------------------------------------------------------------
 
 
-class Learner:
-  """Logprobs are its parameters; an update adds 1 to them."""
-
-  def __init__(self):
-    self.updates = []
-
-  def logprobs(self, params, tree):
-    return jnp.full(tree.slots.shape, float(params))
-
-  def update(self, state, experience, rate):
-    self.updates.append((state.params, experience, rate))
-    tokens = float(experience.completion_mask.sum())
-    moved = types.SimpleNamespace(params=state.params + 1)
-    return moved, {"loss": (2 * tokens, tokens), "update_skipped": (0.0, 1.0)}
-
-
-@pytest.fixture
-def learner():
-  return Learner()
-
-
-def learn(job, stage, learner, batch, reference=None, at=5):
+def learn(job, stage, learner, batch, at=5):
   state = types.SimpleNamespace(params=10.0)
-  return step.learn(job, stage, learner, state, reference, batch, at)
+  return step.learn(job, stage, learner, state, batch, at)
 
 
-def test_several_updates_share_old_logprobs_of_the_training_graph(
-  job, stage, learner, batch
+@pytest.mark.parametrize("size", [8, 6])
+def test_logprobs_are_of_the_policy_that_sampled_and_of_the_reference(
+  job, stage, learner, questions, completions, size
 ):
-  """Both are of the policy before the first update, not the sampler's."""
-  state, _, _ = learn(job, stage, learner, batch)
-  assert state.params == 12.0
-  assert [params for params, _, _ in learner.updates] == [10.0, 11.0]
-  for _, experience, _ in learner.updates:
-    np.testing.assert_array_equal(
-      experience.old_logprobs, np.full((2, 2, 3, 4), 10.0)
-    )
+  """In pieces of an update's size: the last is filled up."""
+  stage.asks_old_logprobs, stage.update_questions = True, size
+  stage.microbatches = size // 2 // (1 if size == 6 else 2)
+  seen = []
+
+  def logprobs(params, tree):
+    seen.append(tree.slots.shape[:2])
+    rows = jnp.asarray(tree.ids[:, :, 0], jnp.float32)[..., None, None]
+    return params + jnp.broadcast_to(rows, tree.slots.shape)
+
+  learner.logprobs = logprobs
+  old, ref = step.policy_logprobs(
+    job, stage, learner, 10.0, 3.0, questions, completions
+  )
+  first = np.array([q.prompt_ids[0] for q in questions], np.float32)
+  expected = np.broadcast_to(first[:, None, None], (8, 3, 4))
+  np.testing.assert_array_equal(old, 10 + expected)
+  np.testing.assert_array_equal(ref, 3 + expected)
+  pieces = -(-8 // (size // 2))
+  assert len(seen) == 2 * pieces
+  assert all(np.prod(shape) == size // 2 for shape in seen)
 
 
-def test_an_only_update_makes_no_extra_pass(
-  job, stage, learner, batch, monkeypatch
+def test_logprobs_that_nobody_asks_for_cost_no_pass(
+  job, stage, learner, questions, completions, monkeypatch
 ):
-  stage.updates_per_rollout = 1
   monkeypatch.setattr(
     learner, "logprobs", lambda *_: pytest.fail("an extra pass")
   )
-  learn(job, stage, learner, batch)
-  (_, experience, _), *others = learner.updates
-  assert not others
-  assert experience.old_logprobs is None and experience.ref_logprobs is None
-
-
-def test_the_reference_gives_the_kl_terms_logprobs(job, stage, learner, batch):
-  stage.updates_per_rollout = 1
-  learn(job, stage, learner, batch, reference=3.0)
-  np.testing.assert_array_equal(
-    learner.updates[0][1].ref_logprobs, np.full((2, 4, 3, 4), 3.0)
+  found = step.policy_logprobs(
+    job, stage, learner, 10.0, None, questions, completions
   )
+  assert found == (None, None)
+
+
+def test_several_updates_take_turns_and_share_the_old_logprobs(
+  job, stage, learner, questions, completions, scores
+):
+  old = np.arange(96, dtype=np.float32).reshape(8, 3, 4)
+  batch = advantages_of(stage, questions, completions, scores, old, 2 * old)
+  state, _, _ = learn(job, stage, learner, batch)
+  assert state.params == 12.0
+  assert [params for params, _, _ in learner.updates] == [10.0, 11.0]
+  for i, (_, experience, _) in enumerate(learner.updates):
+    own = old.reshape(2, 2, 2, 3, 4)[i]
+    np.testing.assert_array_equal(experience.old_logprobs, own)
+    np.testing.assert_array_equal(experience.ref_logprobs, 2 * own)
+
+
+def test_truncated_completions_are_masked_out_where_asked(
+  job, stage, learner, batch
+):
+  stage.mask_truncated = True
+  learn(job, stage, learner, batch)
+  masks = np.concatenate(
+    [
+      np.asarray(e.completion_mask).reshape(4, 3, 4)
+      for _, e, _ in learner.updates
+    ]
+  )
+  cut = batch.rollout.truncated | FAILED[:, None]
+  assert cut.sum() > FAILED.sum() * 3
+  np.testing.assert_array_equal(masks.any(-1), ~cut)
 
 
 def test_each_update_learns_from_its_share_at_its_own_rate(
@@ -265,117 +275,3 @@ def test_failed_groups_are_masked_out(job, stage, learner, batch):
   expected = batch.rollout.completion_mask & ~FAILED[:, None, None]
   np.testing.assert_array_equal(masks, expected)
   np.testing.assert_array_equal(slots >= 0, expected)
-
-
-# -- blindness -----------------------------------------------------------------
-
-
-class Seeing(Learner):
-  """A token's logprob is how bright its question's pictures are."""
-
-  def logprobs(self, params, tree):
-    if tree.vision is None:
-      return jnp.zeros(tree.slots.shape)
-    light = tree.vision.pixel_values.sum((2, 3))[..., None, None]
-    return params * jnp.broadcast_to(light, tree.slots.shape)
-
-
-def test_the_effect_of_pictures_is_what_exchanging_them_changes(
-  job, stage, batch
-):
-  """Of each microbatch a question is shown the pictures of the one before."""
-  stage.updates_per_rollout = 1
-  job.config["limits"]["blind_every"] = 5
-  _, metrics, _ = learn(job, stage, Seeing(), batch)
-  light = np.array([q.pixel_values.sum() for q in batch.questions])
-  change = np.abs(light.reshape(2, 4) - np.roll(light.reshape(2, 4), 1, 1))
-  seen = [len(q.pixel_values) > 0 for q in batch.questions]
-  other = np.array(seen).reshape(2, 4)
-  other |= np.roll(other, 1, 1)
-  mask = batch.rollout.completion_mask & ~FAILED[:, None, None]
-  tokens = mask.sum((1, 2)).reshape(2, 4) * other
-  total, count = metrics["picture_effect"]
-  assert count == tokens.sum() > 0
-  assert total == pytest.approx(10 * (change * tokens).sum(), rel=1e-4)
-
-
-def test_a_blind_model_has_no_effect_of_pictures(job, stage, learner, batch):
-  job.config["limits"]["blind_every"] = 5
-  _, metrics, _ = learn(job, stage, learner, batch)
-  assert metrics["picture_effect"][0] == 0 < metrics["picture_effect"][1]
-
-
-@pytest.mark.parametrize(
-  ("every", "measured"), [(0, False), (2, False), (1, True)]
-)
-def test_the_effect_is_measured_at_the_steps_asked_for(
-  job, stage, batch, every, measured
-):
-  job.config["limits"]["blind_every"] = every
-  _, metrics, _ = learn(job, stage, Seeing(), batch)
-  assert ("picture_effect" in metrics) == measured
-
-
-def test_without_other_pictures_there_is_no_effect_to_measure(
-  job, stage, batch
-):
-  same = [batch.questions[0]] * len(batch.questions)
-  job.config["limits"]["blind_every"] = 1
-  alike = dataclasses.replace(batch, questions=same)
-  _, metrics, _ = learn(job, stage, Seeing(), alike)
-  assert "picture_effect" not in metrics
-
-
-# -- metrics and cost ----------------------------------------------------------
-
-
-def test_a_rollouts_metrics_are_those_made_by_hand(batch):
-  lengths = batch.rollout.completion_mask.sum()
-  assert step.rollout_metrics(batch) == {
-    "reward": (7.0, 18.0),  # six groups did not fail
-    "reward/exact": (5.0, 15.0),  # of five: question 5 has its own
-    "reward/mine": (2.0, 3.0),
-    "accuracy": (7.0, 18.0),
-    "length": (lengths, 24.0),
-    "truncated": (6.0, 24.0),
-    "live_groups": (3.0, 8.0),
-    "failed_groups": (2.0, 1.0),
-  }
-
-
-def test_a_step_costs_what_is_counted_by_hand(job, stage, batch, questions):
-  chosen = batch.take(np.array([1, 3]))
-  cost = step.cost(job, stage, batch, chosen)
-  prompts = sum(len(q.prompt_ids) for q in questions)
-  patches = sum(len(q.pixel_values) for q in questions)
-  generated = batch.rollout.completion_mask.sum()
-  trained = batch.rollout.completion_mask[[1, 3]].sum()
-  own = [questions[1], questions[3]]
-  rows = sum(len(q.prompt_ids) for q in own) + trained
-  seen = sum(len(q.pixel_values) for q in own)
-  assert cost == {
-    "questions": 8,
-    "patches": patches,
-    "prompt_tokens": prompts,
-    "generated_tokens": generated,
-    "trained_tokens": trained,
-    "updates": 2,
-    "model_flops": 2000 * (prompts + generated)
-    + 200 * patches
-    + 6000 * rows
-    + 600 * seen,
-  }
-
-
-def test_demonstrations_cost_no_generation(job, stage, batch):
-  stage.kind = "sft"
-  cost = step.cost(job, stage, batch, batch)
-  assert cost["generated_tokens"] == 0
-  rows = cost["prompt_tokens"] + cost["trained_tokens"]
-  assert cost["model_flops"] == 6000 * rows + 600 * cost["patches"]
-
-
-def test_a_batch_is_frozen(batch):
-  with pytest.raises(dataclasses.FrozenInstanceError):
-    batch.advantages = None
-  assert isinstance(batch, Batch)

@@ -19,6 +19,7 @@ import safetensors.numpy
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from configs import presets
 from jaxvlm import models, train
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.sources import files
@@ -449,6 +450,60 @@ def test_a_model_that_does_not_see_is_stopped(
 
   assert effects(tmp_path / "run") == [0.0]
   assert min(effects(undisturbed)) > 0
+
+
+def test_every_preset_trains(launch, project, tmp_path):
+  status, _, err = launch(
+    f"--config={project / 'config.py'}:presets",
+    f"workdir={tmp_path}",
+    "evaluation.capabilities=()",
+  ).wait()
+  assert status == 0, err
+  steps = {
+    r["stage"]: r["metrics"] for r in records(tmp_path) if r["kind"] == "train"
+  }
+  assert steps.keys() == presets.PRESETS.keys()
+  for name, metrics in steps.items():
+    assert metrics["grad_norm/vision_tower"] > 0, name
+    assert metrics["update_skipped"] == 0, name
+    assert ("kl" in metrics) == (presets.load(name)["kl_coef"] > 0), name
+    assert ("rollouts" in metrics) == (name == "dapo")
+    assert ("importance_capped" in metrics) == (name == "trl")
+
+
+RARE = """
+def score(completion, example):
+  return float(sum(completion.encode()) % 13 == 0)
+"""
+
+
+def test_groups_of_one_reward_are_replaced_and_a_kill_changes_nothing(
+  launch, tmp_path
+):
+  """Few groups are alive: some steps run out of rollouts, in others some wait."""
+  (tmp_path / "rare.py").write_text(RARE)
+  flags = (
+    "schedule=('reason',)",
+    "evaluation.capabilities=()",
+    f"stages.reason.rewards=(('{tmp_path}/rare.py:score', 1.0),)",
+    "stages.reason.max_rollouts=4",
+    "stages.reason.metric=''",
+    "stages.reason.steps=4",
+    "checkpoint.every=2",
+  )
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  status, _, err = launch(*flags, f"workdir={whole}").wait()
+  assert status == 0, err
+  found = [r["metrics"] for r in records(whole) if r["kind"] == "train"]
+  assert {2.0, 3.0, 4.0} & {metrics["rollouts"] for metrics in found}
+  for metrics in found:
+    assert metrics["idle_groups"] == 0 or metrics["rollouts"] == 4
+  run = launch(*flags, f"workdir={killed}")
+  run.until(reached(killed, "reason", 3))
+  run.kill()
+  status, _, err = launch(*flags, f"workdir={killed}").wait()
+  assert status == 0, err
+  assert_same_run(whole, killed)
 
 
 def test_rows_are_chosen_ordered_and_counted_as_the_config_says(

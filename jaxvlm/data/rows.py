@@ -116,6 +116,7 @@ class Rows(Sequence[Example]):
     *,
     annotations: str,
     rewards: tuple[tuple[str, float], ...],
+    report_as: str,
   ):
     """Takes the rows as they are.
 
@@ -124,12 +125,13 @@ class Rows(Sequence[Example]):
       annotations: file of further columns, which go before a row's own of
         the same name; "": none.
       rewards: (name, weight) of each row; (): the stage's.
+      report_as: what metrics are kept apart by; "": the stage's name.
 
     Raises:
       ValueError: as `read_annotations`.
     """
     self._examples = examples
-    self._rewards = rewards
+    self._added: dict[str, Any] = {"rewards": rewards, "report_as": report_as}
     self._annotations: dict[str, dict[str, Any]] | None = None
     self._missing: dict[str, None] = {}
     if annotations:
@@ -152,9 +154,7 @@ class Rows(Sequence[Example]):
       found = self._annotations.get(row_id(example), {})
       columns = {**example.columns, **self._missing, **found}
       example = dataclasses.replace(example, columns=columns)
-    if self._rewards:
-      example = dataclasses.replace(example, rewards=self._rewards)
-    return example
+    return dataclasses.replace(example, **self._added)
 
   def further(self, rows: Sequence[int]) -> pyarrow.Table:
     """The columns that these rows have beside problem, answer and pictures.

@@ -46,6 +46,7 @@ def token_logprobs(
   temperature: float,
   banned: Bool[Array, " V"],
   chunk: int,
+  entropy_gradient: bool,
 ) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"]]:
   """Log-probability of each target, and the entropy it was drawn with.
 
@@ -60,10 +61,12 @@ def token_logprobs(
     temperature: divides the logits, as it did when sampling.
     banned: ids that cannot be sampled.
     chunk: columns at a time.
+    entropy_gradient: whether the entropy has one too, which costs memory and
+      time where it is only watched.
 
   Returns:
     float32 logprobs, with gradients to hidden and head, and float32 entropy
-    in nats, a metric without gradient.
+    in nats.
   """
   width = targets.shape[-1]
   chunk = min(chunk, width)
@@ -75,7 +78,7 @@ def token_logprobs(
   @jax.checkpoint
   def one_chunk(hidden, targets):
     logits = token_logits(hidden, head, temperature=temperature, banned=banned)
-    return _score(logits, targets)
+    return _score(logits, targets, entropy_gradient)
 
   _, scores = jax.lax.scan(
     lambda _, columns: (None, one_chunk(*columns)),
@@ -88,17 +91,20 @@ def token_logprobs(
   logprobs, entropy = (
     einops.rearrange(x, "n ... c -> ... (n c)")[..., :width] for x in scores
   )
-  return logprobs, jax.lax.stop_gradient(entropy)
+  return logprobs, entropy
 
 
 def _score(
-  logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
+  logits: Float[Array, "*B V"],
+  targets: Int[Array, "*B"],
+  entropy_gradient: bool,
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
   normaliser = jax.nn.logsumexp(logits, axis=-1)
   # A masked sum where a gather would do: it stays local to each shard of V.
   ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
   chosen = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
-  fixed = jax.lax.stop_gradient(logits)
-  shares = jax.nn.softmax(fixed, axis=-1)
-  entropy = jax.nn.logsumexp(fixed, axis=-1) - jnp.sum(shares * fixed, axis=-1)
+  watched = logits if entropy_gradient else jax.lax.stop_gradient(logits)
+  shares = jax.nn.softmax(watched, axis=-1)
+  expected = jnp.sum(shares * watched, axis=-1)
+  entropy = jax.nn.logsumexp(watched, axis=-1) - expected
   return chosen - normaliser, entropy

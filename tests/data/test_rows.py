@@ -34,7 +34,7 @@ def make_rows(count):
 
 
 def make_entry(examples, annotations="", rewards=()):
-  return Rows(examples, annotations=annotations, rewards=rewards)
+  return Rows(examples, annotations=annotations, rewards=rewards, report_as="")
 
 
 def picked(examples, filter="", limit=None, shuffle_options=False, **entry):

@@ -33,7 +33,10 @@ def naive(hidden, head, targets, temperature=TEMPERATURE, banned=BANNED):
 
 
 chunked = functools.partial(
-  token_logprobs, temperature=TEMPERATURE, banned=BANNED
+  token_logprobs,
+  temperature=TEMPERATURE,
+  banned=BANNED,
+  entropy_gradient=False,
 )
 
 
@@ -62,12 +65,34 @@ def test_gradients_equal_the_naive_form(batch, chunk):
     np.testing.assert_allclose(a, b, atol=5e-5)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_the_entropy_has_a_gradient_where_it_is_asked_for(batch, learned):
+  hidden, head, targets = batch
+
+  def chunks(hidden, head):
+    return chunked(hidden, head, targets, chunk=4, entropy_gradient=learned)[
+      1
+    ].sum()
+
+  def whole(hidden, head):
+    logits = banned_logits(hidden @ head / TEMPERATURE, BANNED)
+    shares = jax.nn.log_softmax(logits)
+    return -(jnp.exp(shares) * shares).sum()
+
+  np.testing.assert_allclose(
+    chunks(hidden, head), whole(hidden, head), rtol=1e-5
+  )
+  found = jax.grad(chunks, (0, 1))(hidden, head)
+  expected = jax.grad(whole, (0, 1))(hidden, head)
+  for a, b in zip(found, expected, strict=True):
+    assert jnp.abs(b).max() > 0.1
+    np.testing.assert_allclose(a, learned * b, atol=5e-5)
+
+
 def test_temperature_and_ban_each_move_the_values(batch):
   logprobs, _ = chunked(*batch, chunk=4)
-  colder = token_logprobs(*batch, temperature=1.0, banned=BANNED, chunk=4)[0]
-  freer = token_logprobs(
-    *batch, temperature=TEMPERATURE, banned=BANNED & False, chunk=4
-  )[0]
+  colder = chunked(*batch, temperature=1.0, chunk=4)[0]
+  freer = chunked(*batch, banned=BANNED & False, chunk=4)[0]
   assert jnp.abs(logprobs - colder).max() > 0.1
   assert (freer <= logprobs + 1e-6).all()
   assert jnp.abs(logprobs - freer).max() > 0.1
@@ -128,9 +153,7 @@ def test_logits_are_never_whole():
   targets, banned = jnp.zeros((2, 64), jnp.int32), jnp.zeros(512, bool)
 
   def loss(hidden, head, chunk):
-    logprobs, _ = token_logprobs(
-      hidden, head, targets, temperature=1.0, banned=banned, chunk=chunk
-    )
+    logprobs, _ = chunked(hidden, head, targets, banned=banned, chunk=chunk)
     return logprobs.sum()
 
   def largest(chunk):
