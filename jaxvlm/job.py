@@ -365,7 +365,7 @@ class _Opener:
         f"{field}: has no {', '.join(missing)}; common.data of "
         "configs/common.py gives an entry all its fields."
       )
-    name, weight, filter, limit, annotations, rewards, shuffle, report_as = (
+    name, weight, filter, limit, annotations, rewards, mixed, report_as = (
       entry[field] for field in _ENTRY
     )
     arguments = {k: v for k, v in entry.items() if k not in _ENTRY}
@@ -385,7 +385,7 @@ class _Opener:
       name=field,
       filter=filter,
       limit=limit,
-      shuffle_options=shuffle,
+      shuffle_options=mixed,
     )
     with self.display.task(f"read {field}", total=len(chosen.rows)) as advance:
       found = loader.inspect(
@@ -404,6 +404,4 @@ class _Opener:
     keys = None
     if order:
       keys = order_keys(rows, found.kept, name=f"{field}: order", order=order)
-    return Source(
-      weight, rows, found.kept, found.row_ids, keys, shuffle_options
-    )
+    return Source(weight, rows, found.kept, found.row_ids, keys, mixed)
