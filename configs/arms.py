@@ -107,7 +107,8 @@ def merge(config: ConfigDict, name: str) -> None:
     total = sum(source.weight for source in stage.data.values())
     for key, source in stage.data.items():
       share = stage.steps * stage.rollout_questions * source.weight / total
-      entry = source.to_dict() | {"weight": share}
+      label = source.report_as or capability
+      entry = source.to_dict() | {"weight": share, "report_as": label}
       if not source.rewards and stage.rewards != first.rewards:
         entry["rewards"] = stage.rewards
       data[f"{capability}_{key}"] = common.data(**entry)

@@ -229,7 +229,12 @@ def tiny() -> ConfigDict:
     ("textual_reasoning", "visual_reasoning", 0.12),
   ):
     config.stages[stage].data[f"rehearse_{capability}"] = _world(
-      capability, split="train", size=4096, seed=2, weight=weight
+      capability,
+      split="train",
+      size=4096,
+      seed=2,
+      weight=weight,
+      report_as=capability,
     )
   return config
 

@@ -39,7 +39,9 @@ def rows_asked(config):
   for stage in compared(config).values():
     total = sum(entry["weight"] for entry in stage["data"].values())
     for entry in stage["data"].values():
-      rows = json.dumps(entry | {"weight": None}, sort_keys=True)
+      rows = json.dumps(
+        entry | {"weight": None, "report_as": None}, sort_keys=True
+      )
       questions = stage["steps"] * stage["rollout_questions"]
       asked[rows] = asked.get(rows, 0) + questions * entry["weight"] / total
   return asked
