@@ -253,11 +253,11 @@ def _ledger_table(found: Mapping[str, Any]) -> Table:
     runs = each["runs"].values()
     if arm == found["baseline"]:
       cells = [
-        f"{statistics.fmean(run['ledger'][name] for run in runs):.4g}"
+        f"{statistics.fmean(run['ledger'][name] for run in runs):.3g}"
         for name in LEDGER
       ]
     else:
-      cells = [f"× {each['ledger_ratio'].get(n, math.nan):.3f}" for n in LEDGER]
+      cells = [f"{each['ledger_ratio'].get(n, math.nan):.3f}" for n in LEDGER]
     minutes = statistics.fmean(run["seconds"] for run in runs) / 60
     rows.append([arm, *cells, f"{minutes:.1f}"])
     names = dict.fromkeys(name for run in runs for name in run["differences"])

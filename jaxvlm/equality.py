@@ -126,9 +126,11 @@ def _compare(baseline: Account, other: Account) -> Iterator[Comparison]:
   for name, values in (
     ("freeze", [_values(a.summary["stages"], "freeze") for a in both]),
     ("rewards", [_rewards(a) for a in both]),
-    ("schedule", [a.summary["schedule"] for a in both]),
   ):
     yield _equality(name, values)
+  schedules = [a.summary["schedule"] for a in both]
+  told = [_rates(each) for each in schedules]
+  yield "schedule", told[0], told[1], schedules[0] == schedules[1]
   stages = [
     {name: a.config["stages"][name] for name in a.config["schedule"]}
     for a in both
@@ -150,8 +152,14 @@ def _rows(baseline: Account, other: Account) -> Iterator[Comparison]:
   """Training rows as sets, what was asked as multisets, held-out rows."""
   asked = [_asked(account.rows["train"]) for account in (baseline, other)]
   known = [sorted(each) for each in asked]
+  both = len(asked[0].keys() & asked[1].keys())
   expected, found = (f"{len(each):,} rows" for each in known)
-  yield "rows", expected, found, known[0] == known[1]
+  yield (
+    "rows",
+    expected,
+    f"{found}, {both:,} of them the same",
+    known[0] == known[1],
+  )
   shared = sum((asked[0] & asked[1]).values())
   most = max(sum(each.values()) for each in asked)
   yield (
@@ -188,6 +196,13 @@ def _rewards(account: Account) -> str:
     for source in stage["rows"].values()
   }
   return " | ".join(sorted(formulas))
+
+
+def _rates(schedule: Mapping[str, Any]) -> str:
+  return (
+    f"{schedule['updates']:,} updates, {len(schedule['restarts'])} restarts, "
+    f"learning rates that sum to {schedule['sum_of_rates']:.4g}"
+  )
 
 
 def _values(stages: Mapping[str, Mapping[str, Any]], field: str) -> str:

@@ -45,7 +45,12 @@ def make_account():
       "ledger": {"see": dict(LEDGER), "think": dict(LEDGER)},
       "stages": {"see": stage, "think": copy.deepcopy(stage)},
       "held_out": {"see": {"reward": "exact", "rows": 8, "sha256": "ab"}},
-      "schedule": {"updates": 10, "sha256": "cd"},
+      "schedule": {
+        "updates": 10,
+        "restarts": [0],
+        "sum_of_rates": 0.01,
+        "sha256": "cd",
+      },
     },
     rows={
       "train": {

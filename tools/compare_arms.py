@@ -381,7 +381,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     return
   allows = tuple(filter(None, given.allow.split(",")))
   with Display(make_console()) as display:
-    failed = run_all([run for each in runs.values() for run in each], display)
+    try:
+      failed = run_all([r for each in runs.values() for r in each], display)
+    except KeyboardInterrupt:
+      sys.exit("compare_arms: stopped; the same command goes on.")
     try:
       unequal = compare(runs, names, root, allows, display)
     except ValueError as error:
