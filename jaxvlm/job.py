@@ -386,6 +386,7 @@ class _Opener:
       filter=filter,
       limit=limit,
       shuffle_options=mixed,
+      watch=self.display.progress,
     )
     with self.display.task(f"read {field}", total=len(chosen.rows)) as advance:
       found = loader.inspect(

@@ -96,10 +96,13 @@ def test_weights_filters_limits_annotations_and_rewards_work_together(
     },
     "data.b": {"outside the filter": 2, "without a value for the filter": 1},
   }
+  told = opener.display.console.export_text()
+  assert "filter data.a      10/10" in told
+  assert "read data.b        3/3" in told
   assert (
     "data.b: dropped 2 outside the filter, 1 without a value for the filter; "
     "3 stay."
-  ) in opener.display.console.export_text()
+  ) in told
 
   def draw(total):
     stream = Loader(

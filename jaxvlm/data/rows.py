@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, Protocol, TypeVar, overload
 
 import numpy as np
 import pyarrow
@@ -23,6 +23,14 @@ ROW_ID = "row_id"  # the column of annotations that names a row
 # Why rows are dropped.
 _UNREAD = "without options that are certain"
 _OUTSIDE, _UNKNOWN = "outside the filter", "without a value for the filter"
+
+
+class Watch(Protocol):
+  """Gives the items and shows how many of `total` were taken."""
+
+  def __call__(
+    self, items: Iterable[T], description: str, *, total: int
+  ) -> Iterable[T]: ...
 
 
 def row_id(example: Example) -> str:
@@ -172,13 +180,13 @@ class Rows(Sequence[Example]):
       {name: [row.get(name) for row in columns] for name in names}
     )
 
-  def check_annotated(self, name: str) -> None:
+  def check_annotated(self, name: str, watch: Watch) -> None:
     """Raises ValueError where annotations lack rows; says how many."""
     if self._annotations is None:
       return
     lacking = [
       example.name
-      for example in self._examples
+      for example in watch(self._examples, f"join {name}", total=len(self))
       if row_id(example) not in self._annotations
     ]
     if lacking:
@@ -203,6 +211,7 @@ def select(
   filter: str,
   limit: int | None,
   shuffle_options: bool,
+  watch: Watch,
 ) -> Selected:
   """The rows for which the filter is true, and of these the first.
 
@@ -214,6 +223,7 @@ def select(
     limit: so many of those that are left; None: all.
     shuffle_options: whether a row without options that are read with certainty
       is dropped.
+    watch: as `Display.progress`.
 
   Raises:
     ValueError: a filter that cannot be asked of a row, a row without
@@ -223,7 +233,8 @@ def select(
   dropped: dict[str, int] = {}
   if filter:
     expression = _expression(f"{name}.filter", filter)
-    truths = ask(rows, expression, expression.truth, f"{name}.filter")
+    asked = watch(rows, f"filter {name}", total=len(rows))
+    truths = ask(asked, expression, expression.truth, f"{name}.filter")
     kept = np.array([i for i, truth in enumerate(truths) if truth], np.int64)
     for why, truth in ((_OUTSIDE, False), (_UNKNOWN, None)):
       if count := truths.count(truth):
@@ -234,9 +245,10 @@ def select(
         f"({dropped.get(_UNKNOWN, 0)} have no value for it)."
       )
   else:
-    rows.check_annotated(name)
+    rows.check_annotated(name, watch)
   if shuffle_options:
-    read = [i for i in kept.tolist() if read_choices(rows[i]) is not None]
+    tried = watch(kept.tolist(), f"read options {name}", total=len(kept))
+    read = [i for i in tried if read_choices(rows[i]) is not None]
     if not read:
       raise ValueError(
         f"{name}.shuffle_options: none of {len(kept)} rows has options in lines "

@@ -44,6 +44,7 @@ def picked(examples, filter="", limit=None, shuffle_options=False, **entry):
     filter=filter,
     limit=limit,
     shuffle_options=shuffle_options,
+    watch=lambda items, description, total: items,
   )
   return found.rows.tolist(), found.dropped
 

@@ -485,8 +485,36 @@ def test_options_that_do_not_fit_are_refused(tmp_path, changes, message):
 
 
 @pytest.mark.filterwarnings("ignore")  # of datasets' own imports
+def test_verls_and_trls_rows_are_read_as_datasets_writes_them(tmp_path):
+  import datasets  # slow, and of these tests alone
+
+  datasets.disable_progress_bars()
+  picture = PIL.Image.fromarray(PICTURE)
+  user = {"role": "user", "content": "<image>How many?"}
+  verl = {
+    "data_source": "geo",
+    "prompt": [user],
+    "images": [picture],
+    "reward_model": {"style": "rule", "ground_truth": "4"},
+  }
+  plain = user | {"content": "How many?"}
+  trl = {"prompt": [plain], "image": picture, "solution": "4"}
+  for form, row in (("verl", verl), ("trl", trl)):
+    made = datasets.Dataset.from_list([row] * 3)
+    made.to_parquet(tmp_path / f"{form}.parquet")
+    made.save_to_disk(tmp_path / form)
+    for path in (f"{form}.parquet", form):
+      found = source(path=str(tmp_path / path), form=form)
+      assert len(found) == 3
+      assert found[1].problem == "<image>How many?"
+      assert found[1].answer == "4"
+      (image,) = found[1].images
+      np.testing.assert_array_equal(load_picture(image), PICTURE)
+
+
+@pytest.mark.filterwarnings("ignore")  # of datasets' own imports
 def test_what_datasets_saves_is_what_it_reads(tmp_path):
-  import datasets  # slow, and of this test alone
+  import datasets
 
   datasets.disable_progress_bars()
   picture = PIL.Image.fromarray(PICTURE)
