@@ -356,6 +356,8 @@ class _Asker:
       self._failures += 1
       if self._failures <= _TOLD:
         self._display.print(message)
+      elif self._failures == _TOLD + 1:
+        self._display.print("Further rewards that fail are counted below.")
     rates = found.scores.rewards.mean(1)
     lengths = found.rollout.completion_mask.sum(-1).mean(-1)
     return [

@@ -90,7 +90,10 @@ class Scorer:
     ]
     failed = np.array([example.answer == "broken" for example in examples])
     return Scores(
-      rewards=np.array(values), parts={}, failed=failed, messages=("broke",)
+      rewards=np.array(values),
+      parts={},
+      failed=failed,
+      messages=("broke",) * len(examples),
     )
 
   def __enter__(self):
@@ -405,6 +408,8 @@ def test_a_reward_that_fails_leaves_the_rate_unknown(
   run(rows(made))
   assert read(tmp_path)["pass_rate"] == [None, None, 0.5, 0, 0]
   text = console.export_text()
+  assert text.count("broke") == 5
+  assert text.count("counted below") == 1
   assert re.search(r"kept +0 *\n", text)
   assert re.search(r"the reward failed.* 2 *\n", text)
 

@@ -80,6 +80,17 @@ def test_rows_of_files_read_as_they_were_from_another_place(annotated, shown):
   assert before[1].images == after[1].images and len(after[1].images) == 2
 
 
+def test_relative_directories_of_pictures_become_absolute(
+  annotated, shown, tmp_path, monkeypatch
+):
+  (tmp_path / "rows.jsonl").write_text(
+    json.dumps({"problem": "<image>", "answer": "x", "images": ["a.png"]})
+  )
+  monkeypatch.chdir(tmp_path)
+  _, (after,) = annotated(files.source(path="rows.jsonl", image_dir="pictures"))
+  assert after.images == (str(tmp_path / "pictures" / "a.png"),)
+
+
 def test_further_columns_stay_and_new_ones_come_beside_them(
   annotated, shown, tmp_path
 ):
