@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 
 import numpy as np
 import pyarrow.parquet
@@ -207,6 +208,14 @@ def test_annotations_that_cannot_be_read_are_named(tmp_path):
     read_annotations(str(tmp_path / "gone.parquet"))
   with pytest.raises(ValueError, match=r"a \.parquet or \.jsonl file"):
     read_annotations("a.csv")
+
+
+def test_a_source_is_asked_for_plain_numbers():
+  class Seeded(list):
+    def __getitem__(self, i):
+      return super().__getitem__(random.Random(i).randrange(1))
+
+  assert make_entry(Seeded(make_rows(1)))[np.int64(7)].problem == "p0"
 
 
 def test_the_rewards_of_an_entry_are_its_rows():

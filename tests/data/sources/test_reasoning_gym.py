@@ -4,10 +4,9 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
-from jaxvlm.data.rows import Rows, row_id
+from jaxvlm.data.rows import row_id
 from jaxvlm.data.sources.reasoning_gym import UNSTABLE, source
 
 SETTINGS = {
@@ -36,11 +35,6 @@ def test_tasks_take_turns():
   assert all(row.answer for row in rows)
   with pytest.raises(IndexError):
     rows[7]
-
-
-def test_a_row_is_found_by_numpys_numbers_too():
-  rows = Rows(make(), annotations="", rewards=())
-  assert rows[np.int64(4)] == rows[4]
 
 
 def test_a_tasks_config_is_the_configs():
