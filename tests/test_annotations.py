@@ -21,7 +21,7 @@ def annotated(tmp_path):
   """annotated(examples, kept): the rows, and as read back from elsewhere."""
 
   def annotated(examples, kept=None, **found):
-    rows = Rows(examples, annotations="", rewards=())
+    rows = Rows(examples, annotations="", rewards=(), report_as="")
     kept = np.arange(len(rows)) if kept is None else np.array(kept)
     ids = [row_id(rows[int(i)]) for i in kept]
     source = Source(1.0, rows, kept, ids)
@@ -189,7 +189,10 @@ def test_values_of_several_types_are_refused_by_file(tmp_path):
     {"problem": "2", "answer": "x", "n": "two"},
   ]
   rows = Rows(
-    write_rows(tmp_path / "rows.jsonl", rows), annotations="", rewards=()
+    write_rows(tmp_path / "rows.jsonl", rows),
+    annotations="",
+    rewards=(),
+    report_as="",
   )
   source = Source(1.0, rows, np.arange(2), ["a", "b"])
   with pytest.raises(ValueError, match=r"rows.jsonl: a column has values of"):
