@@ -2,6 +2,7 @@
 
 import collections
 import json
+import types
 
 import pytest
 from rich.console import Console
@@ -140,3 +141,33 @@ def test_an_entry_without_a_field_is_told_where_to_get_it(opener):
     opener("d", {"source": "files", "weight": 1.0, "rewards": ()}, None, "")
   with pytest.raises(ValueError, match=r"d: source 'files': .*'pth'"):
     opener("d", common.data("files", path="a", pth="a").to_dict(), None, "")
+
+
+def test_a_stage_moved_or_renamed_draws_the_same_rows_in_the_same_order(
+  opener, tmp_path
+):
+  path = write(
+    tmp_path / "a.jsonl",
+    [{"problem": f"p{i}", "answer": "1"} for i in range(9)],
+  )
+  rows = opener("d", entry(path), None, "")
+
+  def stage(name):
+    return types.SimpleNamespace(
+      name=name, rollout_questions=4, shuffle=True, order="", steps=3
+    )
+
+  def draw(index, names):
+    made = types.SimpleNamespace(
+      schedule=[stage(name) for name in names],
+      sources={name: {f"of_{name}": rows} for name in names},
+      processor=Processor(),
+      config={"seed": 5},
+    )
+    stream = job.Job.make_loader(made, index)
+    return [q.example.problem for _ in range(4) for q in next(stream)]
+
+  first = draw(0, ["seeing", "thinking"])
+  assert draw(1, ["thinking", "seeing"]) == first
+  assert draw(0, ["looking"]) == first
+  assert first[:9] != sorted(first[:9])

@@ -13,7 +13,7 @@ except ImportError as error:
 
 
 def reward(completion: str, example: Any) -> float:
-  """What the task pays, 0 to 1; 0 without a final answer.
+  """What the task pays, 0 to 1; 0 for no final answer or an unreadable one.
 
   Raises:
     ValueError: the row is not one of the source `reasoning_gym`, or another
@@ -27,7 +27,10 @@ def reward(completion: str, example: Any) -> float:
   task, entry = _entry(example.columns["recipe"], example.columns["index"])
   if entry["question"] != example.problem:
     raise ValueError(f"{example.name}: comes out otherwise here")
-  return float(task.score_answer(answer, entry))
+  try:
+    return float(task.score_answer(answer, entry))
+  except Exception:  # some scorers raise on what they cannot parse
+    return 0.0
 
 
 @functools.lru_cache(maxsize=64)

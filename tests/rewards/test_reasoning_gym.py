@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import reasoning_gym
 
 from jaxvlm.data.sources.reasoning_gym import source
 from jaxvlm.rewards.reasoning_gym import reward
@@ -41,6 +42,16 @@ def test_the_tasks_scorer_pays_in_the_workers(rows):
 def test_an_answer_that_is_not_the_rows_own_may_be_right(rows):
   assert reward(f"<answer>(({rows[0].answer}))</answer>", rows[0]) == 1.0
   assert reward(f"<answer>{rows[0].answer} + 1</answer>", rows[0]) < 0.1
+
+
+def test_an_answer_that_the_scorer_cannot_read_is_wrong():
+  row = source(tasks=("prime_factorization",), size=1, seed=0, configs={})[0]
+  name = "prime_factorization"
+  entry = {"answer": "2", "metadata": {"factors": [2]}}
+  with pytest.raises(ValueError, match="invalid literal"):
+    reasoning_gym.get_score_answer_fn(name)("a x b", entry)
+  assert reward("<answer>a x b</answer>", row) == 0.0
+  assert reward(f"<answer>{row.answer}</answer>", row) == 1.0
 
 
 def test_rows_of_elsewhere_are_refused(rows):

@@ -8,6 +8,7 @@ the row again in the worker that scores it, so a row is a pure function of
 import functools
 import hashlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
@@ -40,8 +41,8 @@ def source(
     configs: by task, fields of its own config; {}: as they are.
 
   Raises:
-    ValueError: reasoning-gym is not installed, an unknown or unstable task, a
-      config that it does not take, or no size.
+    ValueError: reasoning-gym is not installed, an unknown or unstable task,
+      one without answers, a config that it does not take, or no size.
   """
   try:
     import reasoning_gym.factory  # an extra, and slow to import
@@ -75,7 +76,9 @@ def source(
     }
     recipe = json.dumps({"name": name} | settings)
     try:
-      opened.append((name, recipe, _open(recipe)))
+      task = _open(recipe)
+      _check(task[0], task)
+      opened.append((name, recipe, task))
     except (AssertionError, TypeError, ValueError) as error:
       raise ValueError(f"reasoning_gym: {name}: {error}.") from error
   return _Tasks(opened, size)
@@ -85,6 +88,15 @@ def _own_seed(name: str, seed: int) -> int:
   """reasoning-gym's row i of seed s is row i - 1 of seed s + 1: far apart."""
   digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
   return int.from_bytes(digest[:4], "little") // 2
+
+
+def _check(entry: Mapping[str, Any], task: Any) -> None:
+  """Raises ValueError for a task whose scorer does not pay its own answer."""
+  answer = entry["answer"]
+  if not answer:
+    raise ValueError("its rows have no answer beside their scorer")
+  if task.score_answer(answer, entry) != 1.0:
+    raise ValueError(f"its scorer does not pay 1 for its own {answer!r}")
 
 
 @functools.cache
@@ -98,6 +110,7 @@ class _Tasks(Sequence[Example]):
   def __init__(self, tasks: Sequence[tuple[str, str, Any]], size: int):
     self._tasks = tasks  # name, what it is made from, the data set
     self._size = size
+    self._lock = threading.Lock()
 
   def __len__(self) -> int:
     return self._size
@@ -113,7 +126,8 @@ class _Tasks(Sequence[Example]):
       raise IndexError(f"reasoning_gym: {i} of {self._size}")
     index, which = divmod(i % self._size, len(self._tasks))
     name, recipe, task = self._tasks[which]
-    entry = task[index]
+    with self._lock:  # a task may keep what it draws from
+      entry = task[index]
     return Example(
       problem=entry["question"],
       answer=entry["answer"] or "",

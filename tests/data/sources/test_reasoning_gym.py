@@ -74,6 +74,7 @@ def test_rows_are_the_same_in_another_process():
     ({"tasks": ("leg_count",)}, "no task 'leg_count'; there are ab, "),
     ({"configs": {"x": {}}}, "no task 'x'"),
     ({"tasks": (UNSTABLE[0],)}, "differ from process to process"),
+    ({"tasks": ("graph_color",)}, "graph_color: its rows have no answer"),
     ({"tasks": ()}, r"got tasks \[\]"),
     ({"size": 0}, "size 0; expected at least"),
     (
