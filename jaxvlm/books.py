@@ -62,6 +62,7 @@ class Books:
     self._clock = time.monotonic()
     self._evaluator: Evaluator | None = None
     self._score: float | None = None
+    self._warned: set[str] = set()
 
   def __enter__(self) -> "Books":
     return self
@@ -156,6 +157,12 @@ class Books:
       self._logger.samples(
         **place, samples=_samples(self._job, batch, log["samples"])
       )
+
+  def warn(self, stage: Stage, message: str | None) -> None:
+    """Tells something once in a stage, however often it is so."""
+    if message and stage.name not in self._warned:
+      self._warned.add(stage.name)
+      self._display.print(message)
 
   def save(
     self, state: TrainState, progress: Progress, position: dict[str, Any]

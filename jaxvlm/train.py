@@ -92,15 +92,14 @@ def run(job: Job, display: Display) -> None:
           progress.global_step += 1
           metrics = add(metrics, watch.rollout_metrics(stage, batch))
           metrics = add(metrics, watch.supply(stage, found, chosen))
+          books.warn(stage, watch.shortage(stage, progress.step, metrics))
           progress.skipped_updates += int(metrics["update_skipped"][0])
           progress.failed_groups += int(metrics["failed_groups"][0])
           spent = watch.cost(job, stage, batch, chosen)
           ledger.add(**spent)
           progress.ledgers[stage.name] = vars(ledger).copy()
           seconds = time.monotonic() - started
-          timing = timers.take() | watch.speed(
-            spent, stage.num_completions, seconds
-          )
+          timing = timers.take() | watch.speed(batch, spent, seconds)
           averages = means(metrics)
           books.step(stage, progress, batch, averages, timing)
           books.check_limits(stage, progress, averages, experience)
@@ -109,9 +108,7 @@ def run(job: Job, display: Display) -> None:
           if evaluate_every and progress.step % evaluate_every == 0:
             books.evaluate(stage.name, state.params, progress, stage)
           if progress.step % every == 0:
-            waiting = (
-              None  # no checkpoint holds them, so a resumed run is equal
-            )
+            waiting = None  # in no checkpoint: a resumed run has none either
             books.save(state, progress, loader.get_state())
 
       books.evaluate(stage.name, state.params, progress, stage)

@@ -106,6 +106,19 @@ def supply(stage: Stage, found: Sequence[Batch], chosen: Batch) -> Metrics:
   }
 
 
+def shortage(stage: Stage, step: int, metrics: Metrics) -> str | None:
+  """What to tell where a step ran out of rollouts before it had enough."""
+  idle = metrics.get("idle_groups", (0.0, 1.0))[0]
+  if not idle:
+    return None
+  return (
+    f"{stage.name}: step {step} ran out after {stage.max_rollouts} rollouts of "
+    f"{stage.rollout_questions} questions (max_rollouts): of "
+    f"{stage.update_questions} groups that it learns from, {idle:.0f} have one "
+    "reward and teach nothing. idle_groups counts them in each step."
+  )
+
+
 def cost(
   job: Job, stage: Stage, batch: Batch, chosen: Batch
 ) -> dict[str, float]:
@@ -145,18 +158,19 @@ def cost(
 
 
 def speed(
-  spent: dict[str, float], num_completions: int, seconds: float
+  batch: Batch, spent: dict[str, float], seconds: float
 ) -> dict[str, float]:
-  """Tokens a second of a step.
+  """Tokens a second of a step that cost what was spent.
 
   tokens_per_second counts each prompt once, as it is computed here;
   tokens_per_second_per_device counts it once for each of its completions, as
   EasyR1 does, whose figures it is to be compared with.
   """
   prompts, generated = spent["prompt_tokens"], spent["generated_tokens"]
+  group = batch.rollout.truncated.shape[1]
   return {
     "seconds": seconds,
     "tokens_per_second": (prompts + generated) / seconds,
-    "tokens_per_second_per_device": (prompts * num_completions + generated)
+    "tokens_per_second_per_device": (prompts * group + generated)
     / (seconds * jax.device_count()),
   }

@@ -492,12 +492,14 @@ def test_groups_of_one_reward_are_replaced_and_a_kill_changes_nothing(
     "checkpoint.every=2",
   )
   whole, killed = tmp_path / "whole", tmp_path / "killed"
-  status, _, err = launch(*flags, f"workdir={whole}").wait()
+  status, out, err = launch(*flags, f"workdir={whole}").wait()
   assert status == 0, err
   found = [r["metrics"] for r in records(whole) if r["kind"] == "train"]
   assert {2.0, 3.0, 4.0} & {metrics["rollouts"] for metrics in found}
   for metrics in found:
     assert metrics["idle_groups"] == 0 or metrics["rollouts"] == 4
+  short = any(metrics["idle_groups"] for metrics in found)
+  assert out.count("ran out after 4 rollouts of 8 questions") == short
   run = launch(*flags, f"workdir={killed}")
   run.until(reached(killed, "reason", 3))
   run.kill()

@@ -155,11 +155,20 @@ def test_the_supply_of_groups_is_counted(stage, batch):
   }
 
 
-def test_speed_counts_prompts_once_and_as_easyr1_does():
+def test_a_shortage_is_told_with_its_counts(stage):
+  stage.name, stage.max_rollouts, stage.rollout_questions = "seeing", 3, 8
+  assert watch.shortage(stage, 7, {}) is None
+  assert watch.shortage(stage, 7, {"idle_groups": (0.0, 1.0)}) is None
+  told = watch.shortage(stage, 7, {"idle_groups": (5.0, 1.0)})
+  assert "step 7 ran out after 3 rollouts of 8 questions" in told
+  assert "of 8 groups that it learns from, 5 have one reward" in told
+
+
+def test_speed_counts_prompts_once_and_as_easyr1_does(batch):
   spent = {"prompt_tokens": 100.0, "generated_tokens": 60.0}
-  speed = watch.speed(spent, 5, 2.0)
+  speed = watch.speed(batch, spent, 2.0)  # groups of 3
   assert speed["tokens_per_second"] == 80.0
-  assert speed["tokens_per_second_per_device"] == 560 / 2 / jax.device_count()
+  assert speed["tokens_per_second_per_device"] == 360 / 2 / jax.device_count()
 
 
 def test_a_step_costs_what_is_counted_by_hand(job, stage, batch, questions):
