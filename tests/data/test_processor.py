@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from jaxvlm.data import loader, vision_layout
+from jaxvlm.data import vision_layout
 from jaxvlm.data.pictures import smart_resize
 from jaxvlm.models import find_family
 from jaxvlm.types import Example
@@ -125,7 +125,7 @@ def test_a_batch_mixes_text_with_one_and_several_pictures(
     )
     for s in sizes
   ]
-  questions = loader.questions(examples, processor, range(3))
+  questions = [processor.question(e, i) for i, e in enumerate(examples)]
   batch = vision_layout.collate(questions, lanes=1, layout=processor.layout)
   for row, question in enumerate(questions):
     length = len(question.prompt_ids)
@@ -263,7 +263,7 @@ def test_neither_torch_nor_torchvision_is_needed(checkpoint):
 import sys
 sys.modules["torch"] = sys.modules["torchvision"] = None
 import numpy as np
-from jaxvlm.data import loader, vision_layout
+from jaxvlm.data import vision_layout
 from jaxvlm.data.processor import Processor
 from jaxvlm.types import Example
 processor = Processor.from_directory(
@@ -271,7 +271,7 @@ processor = Processor.from_directory(
   system_prompt=None)
 rows = [Example(
   problem="<image>?", answer="1", images=(np.zeros((56, 56, 3), np.uint8),))]
-questions = loader.questions(rows, processor, [0])
+questions = [processor.question(rows[0], 0)]
 batch = vision_layout.collate(questions, lanes=1, layout=processor.layout)
 print(batch.vision.pixel_values.shape)
 """
