@@ -3,12 +3,13 @@
 import dataclasses
 
 import pytest
-import reasoning_gym
 
 from jaxvlm.data.sources.reasoning_gym import source
 from jaxvlm.rewards.reasoning_gym import reward
 from jaxvlm.scoring import Scorer
 from jaxvlm.types import Example
+
+reasoning_gym = pytest.importorskip("reasoning_gym")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ import pytest
 from jaxvlm.data.rows import row_id
 from jaxvlm.data.sources.reasoning_gym import UNSTABLE, source
 
+pytest.importorskip("reasoning_gym")
+
 SETTINGS = {
   "tasks": ("leg_counting", "countdown"),
   "size": 7,
