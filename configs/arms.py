@@ -29,6 +29,8 @@ ARMS = (
 )
 # What follows from what the policy says, and from which groups it has mastered.
 OUTCOMES = ("generated_tokens", "trained_tokens", "model_flops")
+# Of stages that roll out until there are enough groups to learn from.
+RESAMPLED = ("questions", "draws", "patches", "prompt_tokens")
 # When learning rate and optimizer start anew; --hold_schedule makes it equal.
 RESTARTS = ("schedule",)
 
@@ -86,7 +88,9 @@ def finish(
   config.schedule = (*before, *schedule)
   for stage in set(config.stages) - set(config.schedule):
     del config.stages[stage]
-  config.allows = allows
+  if any(config.stages[stage].max_rollouts > 1 for stage in schedule):
+    allows = (*allows, *RESAMPLED)
+  config.allows = tuple(dict.fromkeys(allows))
   path = pathlib.PurePath(config.workdir)
   if "staged" in path.name:
     config.workdir = str(path.with_name(path.name.replace("staged", name)))

@@ -7,22 +7,31 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxvlm.data import loader
 from jaxvlm.data.rows import row_id
 from jaxvlm.job import Job
 from jaxvlm.metrics import Path, write_aside
 from jaxvlm.stages import Stage
 
 
-def write(workdir: Path, job: Job) -> dict[str, Any]:
+def write(
+  workdir: Path, job: Job, ledgers: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
   """Writes the ids of all rows; returns what summary.json says of them.
 
   rows.json.gz is {"train": {stage: {source: {"ids": [N], "draws": [N]}}},
   "held_out": {capability: [N]}}, where draws says how often the stage asks a
   row. In what is returned a set of rows is its number and the SHA-256 of its
   sorted ids, beside rewards, freezes and learning rates.
+
+  Args:
+    workdir: of the run.
+    job: what it was given.
+    ledgers: what each stage has used (`stages.Ledger` as a dict).
   """
-  train = {stage.name: _listed(job, stage) for stage in job.schedule}
+  train = {
+    stage.name: _listed(job, i, int(ledgers[stage.name]["questions"]))
+    for i, stage in enumerate(job.schedule)
+  }
   held_out = {
     rows.capability: [row_id(question.example) for question in rows.questions]
     for rows in job.held_out
@@ -44,14 +53,9 @@ def write(workdir: Path, job: Job) -> dict[str, Any]:
   }
 
 
-def _listed(job: Job, stage: Stage) -> dict[str, dict[str, Any]]:
-  sources = job.sources[stage.name]
-  draws = loader.count_draws(
-    sources,
-    seed=job.config["seed"],
-    shuffle=stage.shuffle,
-    total=stage.steps * stage.rollout_questions,
-  )
+def _listed(job: Job, index: int, questions: int) -> dict[str, dict[str, Any]]:
+  draws = job.make_loader(index).count(questions)
+  sources = job.sources[job.schedule[index].name]
   return {
     name: {"ids": list(source.row_ids), "draws": draws[name].tolist()}
     for name, source in sources.items()

@@ -263,7 +263,7 @@ class Books:
       results.write_summary(
         job.workdir,
         seconds=time.monotonic() - self._clock,
-        given=account.write(job.workdir, job),
+        given=account.write(job.workdir, job, progress.ledgers),
         ledger=progress.ledgers,
         dropped=job.dropped,
       )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxvlm import account
-from jaxvlm.data.loader import Source
+from jaxvlm.data.loader import Loader, Source
 from jaxvlm.data.rows import row_id
 from jaxvlm.stages import hold_schedule
 from jaxvlm.types import Example
@@ -35,6 +35,16 @@ def make_job(*stages, sources, seed=0):
   )
   return types.SimpleNamespace(
     config={"seed": seed, "allows": ("order",)},
+    make_loader=lambda i: Loader(
+      sources[stages[i].name],
+      None,  # nothing is prepared
+      batch_size=stages[i].rollout_questions,
+      seed=seed,
+      process_index=0,
+      process_count=1,
+      shuffle=True,
+      total=None,
+    ),
     schedule=stages,
     sources=sources,
     held_out=[held_out],
@@ -47,7 +57,11 @@ def stage_of(sources, **changes):
 
 
 def write(tmp_path, job):
-  found = json.loads(json.dumps(account.write(tmp_path, job)))
+  ledgers = {
+    stage.name: {"questions": float(stage.steps * stage.rollout_questions)}
+    for stage in job.schedule
+  }
+  found = json.loads(json.dumps(account.write(tmp_path, job, ledgers)))
   rows = gzip.decompress((tmp_path / "rows.json.gz").read_bytes())
   return found, json.loads(rows)
 
@@ -121,7 +135,7 @@ def test_the_same_rows_are_written_as_the_same_bytes(tmp_path):
   job = make_job(stage_of(sources), sources={"seeing": sources})
   written = set()
   for _ in range(2):
-    account.write(tmp_path, job)
+    write(tmp_path, job)
     written.add((tmp_path / "rows.json.gz").read_bytes())
   assert len(written) == 1
 

@@ -190,6 +190,7 @@ class Loader:
     draws = _mix(sources, seed, shuffle)
     if total is not None:
       draws = _sorted(draws, sources, total)
+    self._draws, self._sources = draws, sources
     stream = draws.map_with_index(prepare)
     slices = _HostSlice(stream, own, batch_size, process_index * own)
     threads = min(own, os.cpu_count() or 1)
@@ -204,6 +205,17 @@ class Loader:
 
   def __next__(self) -> list[Question]:
     return next(self._batches)
+
+  def count(self, asked: int) -> dict[str, Int[np.ndarray, " N"]]:
+    """How often the first `asked` draws take each kept row of each source."""
+    counts = {
+      name: np.zeros(len(source.kept), np.int64)
+      for name, source in self._sources.items()
+    }
+    for i in range(asked):
+      draw = self._draws[i]
+      counts[draw.source][draw.row] += 1
+    return counts
 
   def get_state(self) -> dict[str, Any]:
     """Where the stream is, as JSON can hold it."""
@@ -253,18 +265,6 @@ def _mix(
     parts.append(rows.repeat())
   mixture = grain.MapDataset.mix(parts, [sources[n].weight for n in names])
   return mixture.map_with_index(lambda number, at: Draw(at[0], at[1], number))
-
-
-def count_draws(
-  sources: Mapping[str, Source], *, seed: int, shuffle: bool, total: int
-) -> dict[str, Int[np.ndarray, " N"]]:
-  """How often the first `total` draws take each kept row of each source."""
-  draws = _mix(sources, seed, shuffle)
-  counts = {n: np.zeros(len(s.kept), np.int64) for n, s in sources.items()}
-  for i in range(total):
-    draw = draws[i]
-    counts[draw.source][draw.row] += 1
-  return counts
 
 
 def _sorted(

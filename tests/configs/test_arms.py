@@ -156,6 +156,12 @@ def test_an_arm_allows_by_name_and_the_baseline_nothing():
     assert not {"rows", "draws", "patches"} & set(load(arm).allows)
 
 
+def test_how_much_is_rolled_out_may_differ_where_the_policy_decides_it():
+  asked = {"questions", "draws", "patches", "prompt_tokens"}
+  assert asked <= set(load("merged", "tiny,dapo").allows)
+  assert not asked & set(load("merged").allows)
+
+
 def test_workdirs_of_arms_differ():
   for base in BASES:
     assert len({load(arm, base).workdir for arm in arms.ARMS}) == len(arms.ARMS)
