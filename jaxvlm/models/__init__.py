@@ -1,8 +1,9 @@
 """The models, one file a family; `Network` is how the package sees them."""
 
-from jaxvlm.models.network import Network, find_family, find_size
+from jaxvlm.models.network import REMAT, Network, find_family, find_size
 from jaxvlm.models.pretrained import (
   ORBAX,
+  check_tensors,
   copy_companions,
   find_tensors,
   hub_name,
@@ -14,7 +15,9 @@ from jaxvlm.models.pretrained import (
 
 __all__ = [
   "ORBAX",
+  "REMAT",
   "Network",
+  "check_tensors",
   "copy_companions",
   "find_family",
   "find_size",

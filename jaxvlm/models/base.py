@@ -67,6 +67,11 @@ class Config:
         f"config.json: model_type is {raw.get('model_type')!r}, expected "
         f"{cls.model_type!r}."
       )
+    if raw.get("quantization_config"):
+      raise ValueError(
+        "config.json: quantization_config is not supported; take the model "
+        "in bfloat16."
+      )
     text = raw.get("text_config") or raw
     tower = raw.get("vision_config") or {}
     for field in ("use_sliding_window", "attention_bias"):

@@ -39,13 +39,15 @@ def load_network(
   """
   directory = pathlib.Path(directory)
   raw = _read_config(directory)
-  family = find_family(raw.get("model_type"))
   tied = False
   if not (directory / ORBAX).is_dir():
     tied = "lm_head.weight" not in find_tensors(directory)
-  config = family.Config.from_hf(
-    {**raw, "tie_word_embeddings": raw.get("tie_word_embeddings") or tied}
-  )
+  try:
+    config = find_family(raw.get("model_type")).Config.from_hf(
+      {**raw, "tie_word_embeddings": raw.get("tie_word_embeddings") or tied}
+    )
+  except ValueError as error:
+    raise ValueError(f"{directory}: {error}") from error
   return Network(
     config=config, dtype=dtype, param_dtype=param_dtype, remat=remat
   )
@@ -58,6 +60,17 @@ def find_tensors(directory: str | pathlib.Path) -> dict[str, hf.Place]:
     ValueError: no safetensors, a file that is missing or cut short.
   """
   return hf.find_tensors(pathlib.Path(directory), _to_ours)
+
+
+def check_tensors(network: Network, directory: str | pathlib.Path) -> None:
+  """Checks names, shapes and dtypes of the files' tensors, and reads none.
+
+  Raises:
+    ValueError: as `load_params`.
+  """
+  if not (pathlib.Path(directory) / ORBAX).is_dir():
+    found = find_tensors(directory)
+    hf.check(weights(network), found, ignored=_ignored(network))
 
 
 def load_params(
@@ -78,7 +91,7 @@ def load_params(
 
   Raises:
     ValueError: a file that is missing or cut short; a tensor that is missing,
-      unknown or mis-shaped, by name.
+      unknown, mis-shaped or not finite, by name.
   """
   axes = traverse_util.flatten_dict(network.axes())
 
@@ -102,10 +115,14 @@ def load_params(
   return hf.read(
     weights(network),
     find_tensors(directory),
-    ignored=["lm_head.weight"] if network.config.tie_word_embeddings else [],
+    ignored=_ignored(network),
     dtype=network.param_dtype,
     make=make,
   )
+
+
+def _ignored(network: Network) -> list[str]:
+  return ["lm_head.weight"] if network.config.tie_word_embeddings else []
 
 
 def save_hf(
@@ -243,11 +260,11 @@ def _to_ours(name: str) -> str:
 def _read_config(directory: pathlib.Path) -> dict[str, Any]:
   path = directory / "config.json"
   if not path.is_file():
-    raise ValueError(f"{path}: no such file; expected a Hugging Face model.")
-  try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path}: not JSON ({error}).") from error
+    raise ValueError(
+      f"{path}: no such file; expected the directory of a Hugging Face model. "
+      "Nothing is downloaded here; `hf download ID --local-dir DIR` does."
+    )
+  return hf.read_json(path)
 
 
 def copy_companions(

@@ -172,11 +172,14 @@ def find_tensors(
   """Where each tensor of a checkpoint is: our name -> (file, its name there).
 
   Raises:
-    ValueError: no safetensors, a file that is missing or cut short.
+    ValueError: no safetensors, a file that is missing, damaged or cut short.
   """
   index = directory / INDEX
   if index.is_file():
-    files = set(json.loads(index.read_text())["weight_map"].values())
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+      raise ValueError(f"{index}: has no weight_map; copy the file again.")
+    files = set(listed.values())
   elif (directory / SINGLE).is_file():
     files = {SINGLE}
   else:
@@ -191,6 +194,23 @@ def find_tensors(
     with open_file(directory / name) as tensors:
       for key in tensors.keys():  # noqa: SIM118 (not a mapping)
         found[rename(key)] = (directory / name, key)
+  return found
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A file's one object.
+
+  Raises:
+    ValueError: it holds something else.
+  """
+  try:
+    found = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{path}: not JSON ({error}); copy the file again."
+    ) from error
+  if not isinstance(found, dict):
+    raise ValueError(f"{path}: not a JSON object; copy the file again.")
   return found
 
 
@@ -212,24 +232,60 @@ def read(
     make: (weight, read) -> the leaf; read(index) is a part of it, in dtype.
 
   Raises:
-    ValueError: names a tensor that is missing, unknown or mis-shaped.
+    ValueError: names a tensor that is missing, unknown, mis-shaped or not
+      finite.
   """
   weights = list(weights)
-  expected = {name for weight in weights for name in weight.names}
-  _check_names(expected, set(found) - set(ignored))
-  check_tensors(weights, found)
+  check(weights, found, ignored=ignored)
 
   def read_tensor(name: str, index: Index) -> np.ndarray:
     # Opened anew for each: pages of a mapped file count as memory in use.
     path, key = found[name]
     with open_file(path) as tensors:
-      return tensors.get_slice(key)[index]
+      block = tensors.get_slice(key)[index]
+    if not _is_finite(block):
+      raise ValueError(
+        f"{path}: {key} has values that are not finite (NaN or infinity); "
+        "copy the file again, or take another checkpoint."
+      )
+    return block
 
   tree: dict[str, Any] = {}
   for weight in weights:
     read_part = functools.partial(weight.to_tree, dtype=dtype, read=read_tensor)
     _set(tree, weight.path, make(weight, read_part))
   return tree
+
+
+def check(
+  weights: Iterable[Weight],
+  found: Mapping[str, Place],
+  *,
+  ignored: Iterable[str],
+) -> None:
+  """Checks what is said of the tensors without reading one.
+
+  Raises:
+    ValueError: names a tensor that is missing, unknown or mis-shaped.
+  """
+  weights = list(weights)
+  expected = {name for weight in weights for name in weight.names}
+  _check_names(
+    expected, {n: at for n, at in found.items() if n not in set(ignored)}
+  )
+  check_tensors(weights, found)
+
+
+def _is_finite(values: np.ndarray) -> bool:
+  """As integers, infinity and NaN are above all else of their sign."""
+  if not values.size:
+    return True
+  signed, unsigned = f"i{values.itemsize}", f"u{values.itemsize}"
+  limits = np.array([np.inf, -np.inf], values.dtype)
+  return bool(
+    values.view(signed).max() < limits.view(signed)[0]
+    and values.view(unsigned).max() < limits.view(unsigned)[1]
+  )
 
 
 def check_tensors(
@@ -383,19 +439,44 @@ def open_file(path: pathlib.Path) -> Any:
     ) from error
 
 
-def _check_names(expected: set[str], got: set[str]) -> None:
-  if expected == got:
+def _check_names(expected: set[str], found: Mapping[str, Place]) -> None:
+  if expected == found.keys():
     return
+  known = {name: at for name, at in found.items() if name in expected}
+  lacking = [_in_files(name, known) for name in expected - found.keys()]
+  beside = [
+    f"{key} ({path.name})"
+    for name, (path, key) in found.items()
+    if name not in expected
+  ]
   parts = []
   for words, names in (
-    ("lacks", expected - got),
-    ("has beside what config.json asks for", got - expected),
+    ("lacks", lacking),
+    ("has beside what config.json asks for", beside),
   ):
     if names:
       some = ", ".join(sorted(names)[:5])
       more = f" and {len(names) - 5} more" if len(names) > 5 else ""
       parts.append(f"{words} {some}{more}")
-  raise ValueError(f"The checkpoint {'; it '.join(parts)}.")
+  home = next(
+    (str(path.parent) for path, _ in found.values()), "the checkpoint"
+  )
+  raise ValueError(
+    f"{home}: {'; '.join(parts)}. Expected config.json and weights of one "
+    "model, as they were saved together."
+  )
+
+
+def _in_files(name: str, known: Mapping[str, Place]) -> str:
+  """A name as the files would have it, judged by others of its part."""
+  part = name.partition(".")[0]
+  for ours, (_, theirs) in known.items():
+    if ours.partition(".")[0] == part:
+      ends = zip(reversed(ours), reversed(theirs), strict=False)
+      same = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], ends))
+      stem = theirs[: len(theirs) - same]
+      return stem + name.removeprefix(ours[: len(ours) - same])
+  return name
 
 
 def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:

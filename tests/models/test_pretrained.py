@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -251,7 +252,30 @@ def test_a_missing_directory_is_named(tmp_path):
 @qwen2_5_vl
 def test_another_family_is_named(own):
   edit_config(own, lambda raw: raw.update(model_type="llava"))
-  with pytest.raises(ValueError, match="llava"):
+  with pytest.raises(ValueError, match=f"{own}: .*'llava'"):
+    load(own)
+
+
+@qwen2_5_vl
+def test_a_quantized_checkpoint_is_refused(own):
+  edit_config(own, lambda r: r.update(quantization_config={"bits": 4}))
+  with pytest.raises(ValueError, match=f"{own}: .*quantization_config"):
+    load(own)
+
+
+@qwen2_5_vl
+@pytest.mark.parametrize(
+  ("name", "text"),
+  [
+    ("config.json", "[]"),
+    ("config.json", "{"),
+    ("model.safetensors.index.json", "{"),
+    ("model.safetensors.index.json", "{}"),
+  ],
+)
+def test_a_damaged_json_is_named(own, name, text):
+  (own / name).write_text(text)
+  with pytest.raises(ValueError, match=f"^{own / name}: .*copy the file again"):
     load(own)
 
 
@@ -266,8 +290,10 @@ def test_a_missing_tensor_is_named(own):
   def lose(tensors):
     del tensors[one_of(tensors, "layers.1.mlp.up_proj.weight")]
 
+  with safetensors.safe_open(own / "model.safetensors", "np") as file:
+    name = one_of(file.keys(), "layers.1.mlp.up_proj.weight")
   edit_tensors(own, lose)
-  with pytest.raises(ValueError, match=r"lacks .*layers.1.mlp.up_proj.weight"):
+  with pytest.raises(ValueError, match=f"^{own}: lacks {name}. Expected"):
     load(own)
 
 
@@ -275,7 +301,7 @@ def test_a_missing_tensor_is_named(own):
 def test_a_missing_deepstack_merger_is_named(own):
   name = "visual.deepstack_merger_list.2.norm.bias"
   edit_tensors(own, lambda tensors: tensors.pop(f"model.{name}"))
-  with pytest.raises(ValueError, match=f"lacks .*{name}"):
+  with pytest.raises(ValueError, match=f"lacks model.{name}"):
     load(own)
 
 
@@ -290,8 +316,29 @@ def test_deepstack_mergers_that_no_tap_feeds_are_refused(own):
 
 
 def test_an_unknown_tensor_is_named(own):
-  edit_tensors(own, lambda t: t.update(extra=np.zeros(3)))
-  with pytest.raises(ValueError, match=r"beside .* extra"):
+  # Under no name but the file's own.
+  edit_tensors(own, lambda t: t.update({"model.extra": np.zeros(3)}))
+  with pytest.raises(
+    ValueError, match=r"for model.extra \(model.safetensors\)"
+  ):
+    load(own)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+@qwen2_5_vl
+def test_a_tensor_that_is_not_finite_is_named(own, value, dtype):
+  def spoil(tensors):
+    name = one_of(tensors, "layers.1.mlp.up_proj.weight")
+    tensors[name] = tensors[name].astype(dtype)
+    tensors[name][3, 5] = value
+
+  edit_tensors(own, spoil)
+  with pytest.raises(
+    ValueError,
+    match=r"model.safetensors: .*layers.1.mlp.up_proj.weight has "
+    "values that are not finite",
+  ):
     load(own)
 
 
