@@ -371,15 +371,25 @@ def open_params(path: str | os.PathLike[str]) -> dict[str, Any]:
 def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
   """Keeps a workdir for this run; a killed run's lock is free at once.
 
+  A workdir that was made here and got nothing is taken away again.
+
   Raises:
-    ValueError: another process has it.
+    ValueError: another process has it, or it cannot be made or written.
   """
   if jax.process_index() > 0:  # the run's first process holds it for all
     yield
     return
   path = pathlib.Path(workdir)
-  path.mkdir(parents=True, exist_ok=True)
-  with open(path / "lock", "a+") as file:
+  made = not path.exists()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    opened = open(path / "lock", "a+")  # noqa: SIM115
+  except OSError as error:
+    raise ValueError(
+      f"{path}: no directory that can be written ({error.strerror}); choose "
+      "another."
+    ) from error
+  with opened as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -391,7 +401,13 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
-    yield
+    try:
+      yield
+    finally:
+      left = [one.name for one in path.iterdir()] if path.is_dir() else []
+      if made and left == ["lock"]:
+        (path / "lock").unlink()
+        path.rmdir()
 
 
 def check_config(

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import pathlib
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -154,6 +155,7 @@ def prepare(
   Raises:
     ValueError: what is wrong in config, data or checkpoint, and the remedy.
   """
+  _check_finite(config)
   schedule = _schedule(config)
   mesh = sharding.make_mesh(**config["mesh"])
   for stage in schedule:
@@ -167,6 +169,7 @@ def prepare(
     param_dtype=config["model"]["param_dtype"],
     remat=config["model"]["remat"],
   )
+  models.check_tensors(network, directory)
   inputs = dict(config["inputs"])
   longest = inputs.pop("max_prompt_length")
   processor = dataclasses.replace(
@@ -174,7 +177,30 @@ def prepare(
     box_side=models.find_family(network.config.model_type).BOX_SIDE,
   )
 
-  open_source = _Opener(processor, longest, display)
+  job = Job(
+    config=config,
+    workdir=workdir,
+    checkpoint=directory,
+    schedule=schedule,
+    mesh=mesh,
+    network=network,
+    processor=processor,
+    banned=processor.banned_ids(network.config.vocab_size),
+    sources={},
+    held_out=(),
+    dropped={},
+  )
+  for stage in schedule:
+    try:
+      job.make_learner(stage)
+      stage.make_optimizer().make({})
+    except ValueError as error:
+      raise ValueError(f"stages.{stage.name}: {error}") from error
+  return _with_rows(job, _Opener(processor, longest, display))
+
+
+def _with_rows(job: Job, open_source: "_Opener") -> Job:
+  """The job with the rows of its stages and held-out sets, all checked."""
   sources = {
     stage.name: {
       name: open_source(
@@ -185,40 +211,30 @@ def prepare(
       )
       for name, entry in stage.data.items()
     }
-    for stage in schedule
+    for stage in job.schedule
   }
   held_out = []
-  for capability in config["evaluation"]["capabilities"]:
-    entry = config["evaluation"]["sets"][capability]
+  for capability in job.config["evaluation"]["capabilities"]:
+    entry = job.config["evaluation"]["sets"][capability]
     field = f"evaluation.sets.{capability}.data"
     rows = open_source(field, entry["data"], None, "")
     held_out.append(
       HeldOutRows(
         capability=capability,
-        questions=loader.questions(rows, processor, config["seed"]),
+        questions=loader.questions(rows, job.processor, job.config["seed"]),
         reward=entry["reward"],
       )
     )
-  job = Job(
-    config=config,
-    workdir=workdir,
-    checkpoint=directory,
-    schedule=schedule,
-    mesh=mesh,
-    network=network,
-    processor=processor,
-    banned=processor.banned_ids(network.config.vocab_size),
-    sources=sources,
-    held_out=held_out,
-    dropped=open_source.dropped,
+  return dataclasses.replace(
+    job, sources=sources, held_out=held_out, dropped=open_source.dropped
   )
-  for stage in schedule:
-    try:
-      job.make_learner(stage)
-      stage.make_optimizer().make({})
-    except ValueError as error:
-      raise ValueError(f"stages.{stage.name}: {error}") from error
-  return job
+
+
+def _check_finite(config: Mapping[str, Any]) -> None:
+  for path, value in traverse_util.flatten_dict(config).items():
+    if isinstance(value, float) and not math.isfinite(value):
+      field = ".".join(map(str, path))
+      raise ValueError(f"{field}: got {value}; expected a finite number.")
 
 
 def _schedule(config: Mapping[str, Any]) -> tuple[Stage, ...]:
@@ -245,6 +261,11 @@ def _schedule(config: Mapping[str, Any]) -> tuple[Stage, ...]:
     for name, entry in stage.data.items():
       own = entry.get("rewards", ())
       _check_rewards(f"{field}.data.{name}.rewards", own)
+      if not (weight := entry.get("weight", 1.0)) > 0:
+        raise ValueError(
+          f"{field}.data.{name}.weight: got {weight}; expected more than 0. To "
+          f"leave it out, set {field}.data to the others."
+        )
     if stage.reset_optimizer or before is None:
       continue
     if (before.optimizer, before.freeze) != (stage.optimizer, stage.freeze):
@@ -260,7 +281,8 @@ def _check_rewards(field: str, rewards: Rewards) -> None:
     check_rewards(rewards)
   except (TypeError, ValueError) as error:
     raise ValueError(
-      f"{field}: got {rewards!r}; expected (name, weight) of each: {error}"
+      f"{field}: got {rewards!r}; expected (name, weight) of each, as "
+      f"(('exact', 1.0),): {error}"
     ) from error
   for name, _ in rewards:
     _check_reward(field, name)
@@ -322,8 +344,19 @@ def _checkpoint(
       raise ValueError(
         f"model.{field}: got {model[field]!r}; expected float32 or bfloat16."
       )
+  if model["remat"] not in models.REMAT:
+    raise ValueError(
+      f"model.remat: got {model['remat']!r}; expected {' or '.join(models.REMAT)}."
+    )
   if model["checkpoint"]:
-    return pathlib.Path(model["checkpoint"]).expanduser()
+    given = pathlib.Path(model["checkpoint"]).expanduser()
+    if not given.is_dir():
+      raise ValueError(
+        f"model.checkpoint: got {model['checkpoint']!r}; no such directory. "
+        "Nothing is downloaded here: `hf download Qwen/Qwen3-VL-8B-Instruct "
+        "--local-dir DIR` makes a directory to give."
+      )
+    return given
   if not model["scratch"]:
     raise ValueError(
       "model.checkpoint: got ''; expected a Hugging Face directory of a "

@@ -23,6 +23,7 @@ CONFIG = config_flags.DEFINE_config_file(
 DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Join the other hosts of a pod or cluster first."
 )
+_NO_CONFIG = "jaxvlm: no --config; give one, as --config=configs/staged.py."
 
 
 def main(argv: list[str]) -> None:
@@ -33,11 +34,11 @@ def main(argv: list[str]) -> None:
   if DISTRIBUTED.value:
     jax.distributed.initialize()
   config = CONFIG.value.to_dict()
-  # Where a run lies is no part of it: a workdir may be moved.
-  workdir = pathlib.Path(config.pop("workdir")).expanduser().absolute()
   with contextlib.ExitStack() as stack:
     display = stack.enter_context(Display(make_console()))
     try:
+      # Where a run lies is no part of it: a workdir may be moved.
+      workdir = _local(config.pop("workdir"))
       if jax.process_index() == 0:
         stack.enter_context(checkpoint.lock(workdir))
         checkpoint.check_config(workdir, config)
@@ -57,6 +58,16 @@ def main(argv: list[str]) -> None:
       sys.exit(f"jaxvlm: stopped: {error}" + (remedy if full else ""))
 
 
+def _local(workdir: str) -> pathlib.Path:
+  """The directory of a run; an address of elsewhere is refused."""
+  if "://" in workdir:
+    raise ValueError(
+      f"workdir: got {workdir!r}; expected a local directory, or one that is "
+      "mounted. Copy the run elsewhere when it is done."
+    )
+  return pathlib.Path(workdir).expanduser().absolute()
+
+
 def parse(argv: list[str]) -> list[str]:
   """Reads the flags; what is wrong with one is said in a line."""
   try:
@@ -69,17 +80,31 @@ def parse(argv: list[str]) -> list[str]:
       raise  # the config file's own
     raise SystemExit(f"jaxvlm: {unknown}") from error
   except OSError as error:
+    if not _config_file(argv):
+      raise SystemExit(_NO_CONFIG) from error
     file = _config_file(argv).partition(":")[0]
     if pathlib.Path(file).exists():
       raise  # the config file's own
     raise SystemExit(f"jaxvlm: {file}: no such config file.") from error
   except flags.Error as error:
+    if not _config_file(argv):
+      raise SystemExit(_NO_CONFIG) from error
     # What a config file raises comes wrapped twice, with a traceback each.
     root: BaseException = error
     while isinstance(root, flags.Error | ValueError) and root.__context__:
       root = root.__context__
     told = root if "Error whilst parsing config" in str(error) else error
-    raise SystemExit(f"jaxvlm: {told}") from error
+    raise SystemExit(f"jaxvlm: {_no_number(str(told)) or told}") from error
+
+
+def _no_number(told: str) -> str | None:
+  """What absl tells of a number that is none, as other fields are told."""
+  found = re.match(r"flag --(config\.[\w.]+)=(.*): (invalid lit|could n)", told)
+  if found is None:
+    return None
+  field, value, why = found.groups()
+  kind = "whole number" if why.startswith("invalid") else "number"
+  return f"--{field}: got {value!r}; expected a {kind}."
 
 
 def _config_file(argv: list[str]) -> str:

@@ -90,6 +90,9 @@ class Stage:
     ):
       if getattr(self, field) < 1:
         raise self._wrong(field, "expected at least 1")
+    for field in ("learning_rate", "lr_warmup", "lr_final", "kl_coef"):
+      if not getattr(self, field) >= 0:
+        raise self._wrong(field, "expected 0 or more")
     if self.order:
       try:
         Expression(self.order)

@@ -132,6 +132,13 @@ def make_stage(**changes):
     ({"steps": 0}, "steps: got 0", "expected at least 1"),
     ({"microbatches": 0}, "microbatches: got 0", "expected at least 1"),
     ({"logprob_chunk": -1}, "logprob_chunk: got -1", "expected at least 1"),
+    ({"kl_coef": -0.1}, "kl_coef: got -0.1", "expected 0 or more"),
+    ({"lr_warmup": -1}, "lr_warmup: got -1", "expected 0 or more"),
+    (
+      {"learning_rate": math.nan},
+      "learning_rate: got nan",
+      "expected 0 or more",
+    ),
     ({"order": "-f()"}, "order: got '-f()'", "is not taken in an expression"),
     ({"data": {}}, "data: got {}", "expected at least one source"),
     (
