@@ -1,6 +1,5 @@
 """What arms came to over seeds: table, picture and JSON, and what is unequal."""
 
-import io
 import json
 import math
 import pathlib
@@ -9,21 +8,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from rich import box, table
 from rich.console import Console
 
-from jaxvlm import paired
+from jaxvlm import forest, paired
 from jaxvlm.equality import LEDGER, Account, differences, read_account
+from jaxvlm.forest import OVERALL
 from jaxvlm.metrics import Path, write_aside
 
 EFFECT = 1.5  # points, what the paper gains by its stages
 _MEAN = re.compile(r"(?P<capability>[^/]+)/(?P<kind>mean@\d+)")
-_OVERALL = "overall"  # the mean of the capabilities
 _LEDGER_WORDS = {
   "prompt_tokens": "prompt",
   "generated_tokens": "made",
@@ -141,7 +135,7 @@ def _scores(account: Account, place: int) -> Scores:
       }
   if scores:
     kinds = next(iter(scores.values()))
-    scores[_OVERALL] = {
+    scores[OVERALL] = {
       kind: statistics.fmean(each[kind] for each in scores.values())
       for kind in kinds
     }
@@ -198,7 +192,7 @@ def _adjust(tests: Sequence[dict[str, Any]]) -> None:
 def tables(found: Mapping[str, Any]) -> list[Table]:
   """Accuracy and length, ledger, and the tests of each kind of accuracy."""
   capabilities = list(found["start"])
-  kinds = list(found["start"][_OVERALL]) if capabilities else []
+  kinds = list(found["start"][OVERALL]) if capabilities else []
   return [
     *([_score_table(found, capabilities, kinds)] if kinds else []),
     _ledger_table(found),
@@ -281,7 +275,7 @@ def _test_table(
     if not each["tests"]:
       continue
     tests = {name: each["tests"][name][kind] for name in capabilities}
-    overall = tests[_OVERALL]
+    overall = tests[OVERALL]
     rows.append(
       [
         arm,
@@ -347,7 +341,7 @@ def write(directory: Path, found: Mapping[str, Any]) -> None:
   write_aside(here / "comparison.json", text.encode())
   write_aside(here / "comparison.md", to_markdown(found).encode())
   if found["start"]:
-    write_aside(here / "comparison.png", draw(found))
+    write_aside(here / "comparison.png", forest.draw(found))
 
 
 def _finite(value: Any) -> Any:
@@ -359,90 +353,3 @@ def _finite(value: Any) -> Any:
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
-
-
-# The picture.
-
-_STYLE: Any = {
-  "font.size": 9,
-  "font.family": "DejaVu Sans",
-  "axes.spines.right": False,
-  "axes.spines.top": False,
-  "axes.edgecolor": "#BBBBBB",
-  "grid.color": "#E4E4E4",
-}
-_BLUE, _ORANGE, _GRAY = "#0072B2", "#D55E00", "#888888"  # Okabe and Ito's
-
-
-def draw(found: Mapping[str, Any]) -> bytes:
-  """A PNG: accuracy of each capability and overall, and length, by arm.
-
-  Marks are means over seeds, bars their standard deviation, small dots the
-  seeds; dashed lines are where all arms started.
-  """
-  capabilities = list(found["start"])
-  kind, *_ = found["start"][_OVERALL]
-  arms = {arm: each["scores"] for arm, each in found["arms"].items()}
-  with matplotlib.rc_context(_STYLE):
-    height = 1.2 + 0.34 * len(arms)
-    figure = Figure(
-      figsize=(2.3 * (len(capabilities) + 1), height), layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(capabilities) + 1, sharey=True)
-    for axes, capability in zip(panels, capabilities, strict=False):
-      lines = {
-        word: {arm: scores[capability][word] for arm, scores in arms.items()}
-        for word in (kind, "greedy")
-      }
-      start = {word: found["start"][capability][word]["mean"] for word in lines}
-      _panel(axes, lines, start, scale=100)
-      axes.set_title(_words(capability), fontsize=9)
-      axes.set_xlabel("held-out accuracy (%)")
-    lengths = {arm: scores[_OVERALL]["length"] for arm, scores in arms.items()}
-    _panel(panels[-1], {"length": lengths}, {}, scale=1)
-    panels[-1].set_title("completion length", fontsize=9)
-    panels[-1].set_xlabel("length (tokens)")
-    panels[0].set_yticks(range(len(arms)), list(arms))
-    panels[0].set_ylim(len(arms) - 0.4, -0.6)
-    handles, _ = panels[0].get_legend_handles_labels()
-    handles += [
-      Line2D([], [], color=_GRAY, marker=".", ls="", label="a seed"),
-      Line2D([], [], color=_GRAY, lw=0.8, ls="--", label="mean at the start"),
-    ]
-    figure.legend(
-      handles=handles, loc="outside lower center", ncols=4, frameon=False
-    )
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=130)
-  return png.getvalue()
-
-
-def _panel(
-  axes: Axes,
-  lines: Mapping[str, Mapping[str, Any]],
-  start: Mapping[str, float],
-  *,
-  scale: float,
-) -> None:
-  axes.grid(axis="x")
-  axes.set_axisbelow(True)
-  axes.tick_params(axis="y", length=0)
-  for i, (word, arms) in enumerate(lines.items()):
-    colour, shift = (_BLUE, _ORANGE)[i], (i - (len(lines) - 1) / 2) * 0.3
-    if word in start:
-      axes.axvline(scale * start[word], color=colour, linewidth=0.8, ls="--")
-    places = [y + shift for y in range(len(arms))]
-    axes.errorbar(
-      [scale * each["mean"] for each in arms.values()],
-      places,
-      xerr=[scale * (each["sd"] or 0.0) for each in arms.values()],
-      fmt="os"[i],
-      color=colour,
-      markersize=4.5,
-      capsize=2.5,
-      label=f"{word}, mean and standard deviation",
-    )
-    for y, each in zip(places, arms.values(), strict=True):
-      seeds = [scale * value for value in each["values"]]
-      axes.plot(seeds, [y] * len(seeds), ".", color=colour, alpha=0.35, ms=3)

@@ -182,18 +182,6 @@ def test_files_hold_everything_and_the_picture_is_drawn(runs, tmp_path):
   assert "| merged | mean@8 | 57.7 ± 5.5 | 79.0 ± 6.0 |" in page
 
 
-def test_bars_show_the_deviation_over_seeds(runs):
-  one = {arm: {0: seeds[0]} for arm, seeds in runs.items()}
-  pictures = [
-    comparison.draw(comparison.summarize(each)) for each in (runs, one)
-  ]
-  wide, narrow = (
-    (np.asarray(Image.open(io.BytesIO(png)).convert("L")) < 200).sum()
-    for png in pictures
-  )
-  assert wide > narrow
-
-
 def test_a_terminal_shows_every_table(runs):
   console = Console(file=io.StringIO(), width=100, highlight=False)
   comparison.print_tables(comparison.summarize(runs), console)

@@ -33,7 +33,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -105,30 +105,27 @@ class Plan:
   def _of_seed(self, configs: Mapping[str, ConfigDict], seed: int) -> list[Run]:
     base = arms.load(self.base)
     shared = _shared(base)
-    first: list[Run] = []
+    warm: list[Run] = []
     start: list[str] = []
     if shared:
-      name = "_".join(shared)
-      flags = [f"--config.schedule={shared!r}"]
-      warm = self._run(name, "staged", base, shared, seed, flags, ())
-      first.append(warm)
-      start = [f"--config.model.checkpoint={warm.leaves}"]
-    files: dict[str, pathlib.Path] = {}
-    ordered = any(
-      stage.order for config in configs.values() for stage in _own(config)
-    )
-    if ordered:
-      annotations, files = self._annotations(base, seed, start, tuple(first))
-      first += annotations
-    found = list(first)
+      name, flags = "_".join(shared), [f"--config.schedule={_tuple(shared)}"]
+      warm = [self._run(name, "staged", base, shared, seed, flags, ())]
+      start = [f"--config.model.checkpoint={warm[0].leaves}"]
+    rates: dict[str, Run] = {}
+    if any(map(_ordered, configs.values())):
+      rates = self._annotations(base, seed, start, tuple(warm))
+    found = [*warm, *rates.values()]
     for name, config in configs.items():
       stages = tuple(n for n in config.schedule if n not in shared)
-      flags = [f"--config.schedule={stages!r}"] * bool(shared) + start
+      flags = [f"--config.schedule={_tuple(stages)}"] * bool(shared) + start
       if self.hold_schedule:
         flags += self._held(base, stages)
-      flags += _annotation_flags(config, files)
+      needs = warm
+      if _ordered(config):
+        needs = [*warm, *rates.values()]
+        flags += _annotation_flags(config, rates)
       found.append(
-        self._run(name, name, config, stages, seed, flags, tuple(first))
+        self._run(name, name, config, stages, seed, flags, tuple(needs))
       )
     return found
 
@@ -162,7 +159,7 @@ class Plan:
     """One schedule over the stages, at the rate of the base's perception."""
     rate = base.stages[arms.CAPABILITIES[0]].learning_rate
     return [
-      f"--config.hold_schedule={stages!r}",
+      f"--config.hold_schedule={_tuple(stages)}",
       *(f"--config.stages.{name}.learning_rate={rate!r}" for name in stages),
     ]
 
@@ -172,32 +169,33 @@ class Plan:
     seed: int,
     start: Sequence[str],
     needs: tuple[Run, ...],
-  ) -> tuple[list[Run], dict[str, pathlib.Path]]:
-    """Runs of tools/annotate.py, and the files by STAGE_SOURCE."""
-    runs: dict[str, Run] = {}
-    files: dict[str, pathlib.Path] = {}
+  ) -> dict[str, Run]:
+    """Runs of tools/annotate.py by STAGE_SOURCE."""
+    runs = {}
     for stage in arms.CAPABILITIES:
-      for source, entry in base.stages[stage].data.items():
-        rows = json.dumps(entry.to_dict() | {"weight": 0}, sort_keys=True)
+      for source in base.stages[stage].data:
         name = f"{stage}_{source}"
-        if rows not in runs:  # what is rehearsed twice is asked once
-          output = self.root / "annotations" / f"seed{seed}" / f"{name}.parquet"
-          runs[rows] = Run(
-            name=f"pass rates of {name}, seed {seed}",
-            command=(
-              *(sys.executable, str(ROOT / "tools" / "annotate.py")),
-              f"--config={config_file('staged', self.base)}",
-              f"--config.seed={seed}",
-              *start,
-              *(f"--stage={stage}", f"--source={source}"),
-              *(f"--completions={self.completions}", f"--output={output}"),
-              *self.extra,
-            ),
-            leaves=output,
-            needs=needs,
-          )
-        files[name] = runs[rows].leaves
-    return list(runs.values()), files
+        output = self.root / "annotations" / f"seed{seed}" / f"{name}.parquet"
+        runs[name] = Run(
+          name=f"pass rates of {name}, seed {seed}",
+          command=(
+            *(sys.executable, os.path.relpath(ROOT / "tools" / "annotate.py")),
+            f"--config={config_file('staged', self.base)}",
+            f"--config.seed={seed}",
+            *start,
+            *(f"--stage={stage}", f"--source={source}"),
+            *(f"--completions={self.completions}", f"--output={output}"),
+            *self.extra,
+          ),
+          leaves=output,
+          needs=needs,
+        )
+    return runs
+
+
+def _tuple(names: Sequence[str]) -> str:
+  """As a flag takes it, in quotes that a shell leaves alone."""
+  return f"({','.join(json.dumps(name) for name in names)},)"
 
 
 def load_arm(name: str, base: str) -> ConfigDict:
@@ -218,12 +216,12 @@ def _shared(config: ConfigDict) -> tuple[str, ...]:
   return tuple(n for n in config.schedule if n not in arms.CAPABILITIES)
 
 
-def _own(config: ConfigDict) -> Iterator[ConfigDict]:
-  return (config.stages[name] for name in config.schedule)
+def _ordered(config: ConfigDict) -> bool:
+  return any(config.stages[name].order for name in config.schedule)
 
 
 def _annotation_flags(
-  config: ConfigDict, files: Mapping[str, pathlib.Path]
+  config: ConfigDict, rates: Mapping[str, Run]
 ) -> list[str]:
   """Hands the files to the sources of ordered stages.
 
@@ -233,8 +231,9 @@ def _annotation_flags(
   for name in config.schedule:
     stage = config.stages[name]
     for source in stage.data if stage.order else ():
-      file = files.get(source) or files[f"{name}_{source}"]
-      flags.append(f"--config.stages.{name}.data.{source}.annotations={file}")
+      run = rates.get(source) or rates[f"{name}_{source}"]
+      field = f"stages.{name}.data.{source}.annotations"
+      flags.append(f"--config.{field}={run.leaves}")
   return flags
 
 
@@ -306,9 +305,12 @@ def print_commands(runs: Mapping[int, Sequence[Run]]) -> None:
   for seed, each in runs.items():
     print(f"# seed {seed}")
     needed = {need.name for run in each for need in run.needs}
+    homes = {str(run.leaves.parent) for run in each if run.workdir is None}
+    for home in sorted(homes):
+      print(shlex.join(("mkdir", "-p", home)))
     for run in each:
       after = "" if run.name not in needed else "  # before those below"
-      print(shlex.join(run.command) + after)
+      print(shlex.join(("python", *run.command[1:])) + after)
 
 
 def compare(
@@ -365,11 +367,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
       parser.error(f"no arm {name!r}; there are {', '.join(arms.ARMS)}")
   if wrong := [each for each in extra if not each.startswith("--config.")]:
     parser.error(f"unknown flag {wrong[0]}")
-  root = given.workdir.absolute()
   try:
     runs = Plan(
       base=given.base,
-      root=root,
+      root=given.workdir,
       hold_schedule=given.hold_schedule,
       completions=given.completions,
       extra=tuple(extra),
@@ -386,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
       sys.exit("compare_arms: stopped; the same command goes on.")
     try:
-      unequal = compare(runs, names, root, allows, display)
+      unequal = compare(runs, names, given.workdir, allows, display)
     except ValueError as error:
       sys.exit(f"compare_arms: {error}")
   problems = [f"{name} {why}" for name, why in failed.items()] + unequal

@@ -146,7 +146,7 @@ def rates(workdir):
 def test_the_warm_start_is_run_once_a_seed_and_the_arms_once_each(compared):
   root, commands = compared
   assert len(commands) == 6
-  assert sum("('warm_start',)" in " ".join(each) for each in commands) == 2
+  assert sum('("warm_start",)' in " ".join(each) for each in commands) == 2
   assert (root / "comparison.md").exists()
   assert (root / "comparison.png").exists()
 
@@ -235,8 +235,7 @@ def test_ordered_arms_have_their_rows_annotated_by_their_start(tmp_path):
   )
   runs = plan.runs(("staged", "difficulty", "staged_difficulty"), 1)[0]
   annotations = [run for run in runs if run.workdir is None]
-  # Three stages' rows, and what is rehearsed: perception once for two stages.
-  assert len(annotations) == 5
+  assert len(annotations) == 6  # three stages' rows, and what is rehearsed
   warm = tmp_path / "warm_start" / "seed0" / "hf"
   for run in annotations:
     assert f"--config.model.checkpoint={warm}" in run.command
@@ -244,7 +243,7 @@ def test_ordered_arms_have_their_rows_annotated_by_their_start(tmp_path):
     assert run.needs == (runs[0],)
   flags = {run.name: " ".join(run.command) for run in runs}
   files = {run.leaves.name: run.leaves for run in annotations}
-  perception = files["visual_reasoning_rehearse_perception.parquet"]
+  perception = files["textual_reasoning_rehearse_perception.parquet"]
   for flag in (
     f"stages.merged.data.textual_reasoning_rehearse_perception.annotations={perception}",
     f"stages.merged.data.visual_perception_worlds.annotations={files['visual_perception_worlds.parquet']}",
@@ -255,6 +254,17 @@ def test_ordered_arms_have_their_rows_annotated_by_their_start(tmp_path):
     in flags["staged_difficulty, seed 0"]
   )
   assert "annotations" not in flags["staged, seed 0"]
+  needs = {run.name: run.needs for run in runs}
+  assert needs["staged, seed 0"] == (runs[0],)
+  assert needs["difficulty, seed 0"] == (runs[0], *annotations)
+
+
+def test_printed_annotations_have_a_directory_made_for_them(tmp_path, capsys):
+  compare_arms.main(
+    ["--arms=difficulty", "--seeds=1", f"--workdir={tmp_path}", "--print"]
+  )
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[1] == f"mkdir -p {tmp_path}/annotations/seed0"
 
 
 def test_a_base_without_a_warm_start_has_its_arms_start_from_the_checkpoint(
