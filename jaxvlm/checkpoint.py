@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
@@ -250,7 +251,7 @@ class Checkpointer:
       whole = _whole(self._directory)
       raise OSError(
         f"{self._directory}: a checkpoint cannot be written "
-        f"({_first_line(error)}). "
+        f"({_why_unwritten(error)}). "
         + (f"That of step {whole[-1]} is whole. " if whole else "")
         + "Make room, then run the same command again."
       ) from error
@@ -305,7 +306,7 @@ def save_params(path: str | os.PathLike[str], params: Any) -> None:
       checkpointer.save(pathlib.Path(path).resolve(), args, force=True)
   except _FAILURES as error:
     raise OSError(
-      f"{path}: cannot be written ({_first_line(error)}). Make room, then run "
+      f"{path}: cannot be written ({_why_unwritten(error)}). Make room, then run "
       "the same command again."
     ) from error
 
@@ -488,6 +489,12 @@ def _digests(home: pathlib.Path, names: list[str]) -> dict[str, str]:
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def _why_unwritten(error: Exception) -> str:
+  """The system's own words, where tensorstore wraps them in its internals."""
+  code = re.search(r"\[os_error_code='(\d+)'", str(error))
+  return os.strerror(int(code[1])) if code else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

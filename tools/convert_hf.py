@@ -88,6 +88,10 @@ def to_orbax(
     OSError: a file cannot be written, as on a full disk.
   """
   _check_free(destination)
+  if (source / models.ORBAX).is_dir() or (source / "state").is_dir():
+    raise ValueError(
+      f"{source}: is an Orbax checkpoint already; to-hf converts those."
+    )
   network = _network(source, "float32")
   found = models.find_tensors(source)
   weights = models.weights(network)
@@ -101,12 +105,12 @@ def to_orbax(
   aside = destination.with_name(f".{destination.name}.partial")
   shutil.rmtree(aside, ignore_errors=True)
   try:
+    _make(aside, destination)  # before the long read
     with _bar("read", _bytes(network)) as advance:
       size = np.dtype(network.param_dtype).itemsize
       params = models.load_params(
         network, source, progress=lambda count: advance(size * count)
       )
-    aside.mkdir(parents=True)
     models.copy_companions(network, source, aside)
     with _watched(aside, _bytes(network)):
       checkpoint.save_params(aside / models.ORBAX, params)
@@ -141,7 +145,7 @@ def to_hf(
       f"{path}: does not fit {home / 'config.json'}: {', '.join(names[:5])}"
       + (f" and {len(names) - 5} more." if len(names) > 5 else ".")
     )
-  destination.parent.mkdir(parents=True, exist_ok=True)
+  _make(destination.parent, destination)
   with _bar("write", _bytes(network)) as advance:
     models.save_hf(network, params, home, destination, progress=advance)
 
@@ -194,7 +198,7 @@ def _described(tensor: Tensor | None) -> str:
 
 def _tensors(path: pathlib.Path) -> dict[str, Tensor]:
   """The tensors of a checkpoint of either form, by the tree's names."""
-  if not (path / hf.SINGLE).is_file() and not (path / hf.INDEX).is_file():
+  if not _is_hf(path):
     saved, home = _find_orbax(path)
     arrays = traverse_util.flatten_dict(checkpoint.open_params(saved))
     return {
@@ -240,6 +244,10 @@ def _layers(weight: hf.Weight, array: object) -> Iterator[tuple[str, Tensor]]:
 def _find_orbax(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
   """Where the weights are, and the directory with config and tokenizer."""
   path = path.expanduser().absolute()
+  if _is_hf(path):
+    raise ValueError(
+      f"{path}: is a Hugging Face directory already; to-orbax converts those."
+    )
   if (path / models.ORBAX).is_dir():
     return path / models.ORBAX, path
   run = path.parent.parent
@@ -251,6 +259,22 @@ def _find_orbax(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     f"{path}: neither what to-orbax wrote nor a checkpoint of a run, as "
     "RUN/checkpoints/STEP or RUN/best/STAGE."
   )
+
+
+def _is_hf(path: pathlib.Path) -> bool:
+  others = path / models.ORBAX, path / "checkpoints"  # of to-orbax, of a run
+  config = (path / "config.json").is_file()
+  return config and not any(other.is_dir() for other in others)
+
+
+def _make(directory: pathlib.Path, destination: pathlib.Path) -> None:
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f"{destination}: cannot be written ({error.strerror}); choose another "
+      "place."
+    ) from error
 
 
 def _network(directory: pathlib.Path, param_dtype: str) -> Network:

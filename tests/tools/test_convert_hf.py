@@ -273,9 +273,38 @@ def test_an_existing_destination_is_left_alone(tool, source, tmp_path, capsys):
 
 
 def test_what_is_no_orbax_checkpoint_is_refused(tool, source, tmp_path, capsys):
-  line = refused(tool, capsys, "to-hf", source, tmp_path / "out")
-  assert str(source) in line and "to-orbax" in line
+  line = refused(tool, capsys, "to-hf", tmp_path, tmp_path / "out")
+  assert f"{tmp_path}: neither what to-orbax wrote" in line
   assert not (tmp_path / "out").exists()
+
+
+def test_the_wrong_direction_is_told(tool, source, tmp_path, capsys):
+  line = refused(tool, capsys, "to-hf", source, tmp_path / "out")
+  assert f"{source}: is a Hugging Face directory already; to-orbax" in line
+  for name in (models.ORBAX, "state"):
+    (tmp_path / name / name).mkdir(parents=True)
+    line = refused(tool, capsys, "to-orbax", tmp_path / name, tmp_path / "out")
+    assert f"{tmp_path / name}: is an Orbax checkpoint already; to-hf" in line
+
+
+def test_a_pickled_checkpoint_is_told_to_who_compares(
+  tool, source, own, capsys
+):
+  (own / "model.safetensors").rename(own / "pytorch_model.bin")
+  line = refused(tool, capsys, "check", source, own)
+  assert f"{own}: no model.safetensors" in line
+  assert "pytorch_model.bin is not read" in line
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_read(
+  tool, source, tmp_path, capsys, monkeypatch
+):
+  run(tool, "to-orbax", source, tmp_path / "orbax")
+  capsys.readouterr()
+  monkeypatch.setattr(models, "load_params", None)
+  for command, given in (("to-orbax", source), ("to-hf", tmp_path / "orbax")):
+    line = refused(tool, capsys, command, given, "/proc/none/out")
+    assert "/proc/none/out: cannot be written (No such file" in line
 
 
 @pytest.fixture
@@ -300,5 +329,5 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
   line = refused(tool, capsys, "to-hf", tmp_path / "orbax", tmp_path / "out")
   assert "model.safetensors: cannot be written" in line
   line = refused(tool, capsys, "to-orbax", source, tmp_path / "out")
-  assert "cannot be written" in line
+  assert "cannot be written (File too large). Make room" in line
   assert [path.name for path in tmp_path.iterdir()] == ["orbax"]
