@@ -22,6 +22,7 @@ from jaxvlm.types import Example, Scores
 
 # Imports on a loaded machine take long, and no reward runs meanwhile.
 _START_LIMIT = 120.0
+_TOLD = 5  # groups that failed, one by one
 
 Rewards = tuple[tuple[str, float], ...]  # (name, weight); first: accuracy
 
@@ -354,6 +355,22 @@ def check_rewards(rewards: Rewards) -> None:
     raise ValueError(f"rewards: got {tuple(names)}; name each once.")
   if not all(math.isfinite(weight) for _, weight in rewards):
     raise ValueError(f"rewards: a weight of {rewards} is not finite.")
+
+
+def briefly(messages: Sequence[str], before: int) -> list[str]:
+  """What to print of failures: the first few one by one, the others counted.
+
+  Args:
+    messages: of the groups that failed now.
+    before: groups that failed earlier.
+  """
+  told = list(messages[: max(0, _TOLD - before)])
+  others = messages[len(told) :]
+  counts = collections.Counter(one.partition(" on row ")[0] for one in others)
+  if others:
+    whys = "; ".join(f"{n} x {why}" for why, n in counts.most_common(_TOLD))
+    told.append(f"{len(others)} groups more are left out: {whys}.")
+  return told
 
 
 def _absolute(name: str) -> str:

@@ -14,6 +14,7 @@ from jaxvlm.display import Display
 from jaxvlm.job import Job
 from jaxvlm.learner import TrainState
 from jaxvlm.metrics import Timers, add, means
+from jaxvlm.scoring import briefly
 from jaxvlm.stages import Ledger, Stage
 from jaxvlm.step import (
   advantages_of,
@@ -79,7 +80,7 @@ def run(job: Job, display: Display) -> None:
             found.append(
               advantages_of(stage, questions, rollout, scores, *logprobs)
             )
-            for message in scores.messages:
+            for message in briefly(scores.messages, progress.failed_groups):
               display.print(message)
           batch = join(found)
           chosen, waiting = choose(stage, batch, waiting)

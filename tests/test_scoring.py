@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxvlm.scoring import Scorer
+from jaxvlm.scoring import Scorer, briefly
 from jaxvlm.types import Example
 
 REWARDS = """
@@ -308,6 +308,20 @@ def test_no_questions_have_no_scores(scorer):
   scores = scorer.score([], [])
   assert scores.rewards.shape == (0, 0)
   assert scores.failed.shape == (0,)
+
+
+def test_failures_are_told_one_by_one_until_they_are_many():
+  messages = [f"reward 'a' hung on row {i}" for i in range(7)]
+  messages.append("reward 'b' returned nan on row 7")
+  assert briefly(messages[:2], 0) == messages[:2]
+  assert briefly(messages, 2) == [
+    *messages[:3],
+    "5 groups more are left out: 4 x reward 'a' hung; 1 x reward 'b' returned "
+    "nan.",
+  ]
+  (line,) = briefly(messages, 9)
+  assert "8 groups more are left out: 7 x reward 'a' hung; 1 x" in line
+  assert briefly([], 9) == []
 
 
 def test_close_ends_every_worker(file):

@@ -312,6 +312,8 @@ def _pictures(value: Any, root: pathlib.Path, name: str) -> tuple[Picture, ...]:
 
 
 def _picture(item: Any, root: pathlib.Path, name: str) -> Picture:
+  if isinstance(item, dict) and "base64" in item:
+    return _of_base64(item["base64"], name)
   if isinstance(item, dict):
     item = item.get("bytes") or item.get("path") or item.get("image")
   if isinstance(item, bytes):
@@ -334,6 +336,16 @@ def _picture(item: Any, root: pathlib.Path, name: str) -> Picture:
     return str(root / item)
   decoded = _from_base64(item)
   return str(root / item) if decoded is None else decoded
+
+
+def _of_base64(text: Any, name: str) -> bytes:
+  if isinstance(text, str):
+    data = text.partition(",")[2] if text.startswith("data:image/") else text
+    if (decoded := _from_base64(data)) is not None:
+      return decoded
+  raise ValueError(
+    f"{name}: the base64 of a picture, {text!r:.40}, is not an encoded picture."
+  )
 
 
 def _from_base64(text: str) -> bytes | None:

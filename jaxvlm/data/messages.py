@@ -243,6 +243,8 @@ def _part(part: Any, name: str) -> tuple[dict[str, str], Any]:
   if len(held) > 1:
     raise ValueError(f"{name}: an image part holds {len(held)} pictures.")
   picture = held[0] if held else None
+  if picture is not None and part.get("base64") is not None:
+    picture = {"base64": picture}  # which is no path
   if isinstance(picture, Mapping) and "url" in picture:
     picture = picture["url"]
   return {"type": "image"}, picture

@@ -190,7 +190,7 @@ def load_picture(picture: Picture) -> UInt8[np.ndarray, "H W 3"]:
         image = PIL.Image.alpha_composite(white, image)
       return np.asarray(image.convert("RGB"))
   except _BROKEN as error:
-    raise ValueError(f"cannot read the picture: {error}") from error
+    raise _unreadable(picture, error) from error
 
 
 def measure_picture(picture: Picture) -> tuple[int, int]:
@@ -211,8 +211,17 @@ def measure_picture(picture: Picture) -> tuple[int, int]:
       image.load()  # a TIFF is upright from the start, and now says so
       turned = image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
   except _BROKEN as error:
-    raise ValueError(f"cannot read the picture: {error}") from error
+    raise _unreadable(picture, error) from error
   return (width, height) if turned else (height, width)
+
+
+def _unreadable(picture: Picture, error: Exception) -> ValueError:
+  where = (
+    f" {picture}"
+    if isinstance(picture, str) and picture not in str(error)
+    else ""
+  )
+  return ValueError(f"cannot read the picture{where}: {error}")
 
 
 def smart_resize(

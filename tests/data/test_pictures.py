@@ -283,6 +283,10 @@ def test_what_is_no_picture_is_refused(read, tmp_path):
     data = encode(whole, kind)
     with pytest.raises(ValueError, match="cannot read the picture"):
       read(data[: len(data) // 2])
+    file = tmp_path / f"cut.{kind}"
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=f"cannot read the picture {file}: "):
+      read(str(file))
   for junk in (b"", b"not a picture", encode(whole)[:40]):
     with pytest.raises(ValueError, match="cannot read the picture"):
       read(junk)

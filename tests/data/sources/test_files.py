@@ -295,6 +295,23 @@ def test_a_picture_of_another_kind_is_refused(tmp_path, picture):
     source(path=str(tmp_path / "rows.json"))[0]
 
 
+def test_bad_base64_of_a_part_is_called_so(tmp_path):
+  def asked(text):
+    part = {"type": "image", "base64": text}
+    row = rows_of(1, problem=[{"role": "user", "content": [part]}])
+    write_json(tmp_path / "rows.json", row)
+    return source(path=str(tmp_path / "rows.json"))[0].images
+
+  (tmp_path / "a.png").write_bytes(png())
+  for text in ("@@@", "a.png", "aGVsbG8="):
+    with pytest.raises(ValueError, match=rf"\[0\]: the base64 .*'{text}', is"):
+      asked(text)
+  for kind in ("base64", "data url"):
+    np.testing.assert_array_equal(
+      load_picture(asked(encoded()[kind])[0]), PICTURE
+    )
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
   for path in (str(tmp_path / "gone.json"), str(tmp_path / "*.parquet")):
     with pytest.raises(ValueError, match="files: no such file"):
