@@ -102,7 +102,7 @@ def _file() -> ConfigDict:
 
 
 def tiny() -> ConfigDict:
-  """A model of 0.6 M weights that is made, warmed up and trained on the spot."""
+  """A model of 0.74 M weights that is made, warmed up and trained on the spot."""
   config = common.base(
     workdir="runs/staged", schedule=("warm_start", *CAPABILITIES)
   )
