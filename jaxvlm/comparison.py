@@ -247,7 +247,7 @@ def _ledger_table(found: Mapping[str, Any]) -> Table:
     runs = each["runs"].values()
     if arm == found["baseline"]:
       cells = [
-        f"{statistics.fmean(run['ledger'][name] for run in runs):.3g}"
+        _short(statistics.fmean(run["ledger"][name] for run in runs))
         for name in LEDGER
       ]
     else:
@@ -265,6 +265,15 @@ def _ledger_table(found: Mapping[str, Any]) -> Table:
     "made and trained in tokens; minutes of one run. Differs, as its config "
     f"allows: {'; '.join(allowed) or 'none'}",
   )
+
+
+def _short(value: float) -> str:
+  """Three digits and a unit: 421k, 1.52T."""
+  for unit in ("", "k", "M", "G", "T", "P", "E"):
+    if value < 999.5:
+      return f"{value:.3g}{unit}"
+    value /= 1000
+  return f"{value:.3g}Z"
 
 
 def _test_table(

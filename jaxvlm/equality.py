@@ -87,13 +87,13 @@ def differences(
   Args:
     baseline: what it is compared with.
     other: the run.
-    allows: names of differences that are no error, besides those of the
-      run's own config.
+    allows: names of differences that are no error, besides those that the
+      config of either run allows.
 
   Raises:
     ValueError: a name that is allowed is none of those that are compared.
   """
-  allowed = {*other.config["allows"], *allows}
+  allowed = {*baseline.config["allows"], *other.config["allows"], *allows}
   compared: set[str] = set()
   found: list[Difference] = []
   for name, expected, value, equal in _compare(baseline, other):

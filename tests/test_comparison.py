@@ -139,6 +139,8 @@ def test_the_ledger_is_told_in_multiples_with_what_is_allowed(runs):
   merged = cells(found, "Ledger", "merged")
   assert (merged["trained"], merged["updates"]) == ("1.500", "1.000")
   assert merged["minutes"] == "1.5"
+  staged = cells(found, "Ledger", "staged")
+  assert (staged["trained"], staged["updates"]) == ("1k", "1k")
   (ledger,) = [t for t in comparison.tables(found) if "Ledger" in t.title]
   assert "merged in trained_tokens" in ledger.caption
   assert "reversed in" not in ledger.caption
@@ -155,6 +157,20 @@ def test_what_is_not_allowed_is_an_error_that_names_arm_and_seed(
   page = comparison.to_markdown(comparison.summarize(runs))
   assert page.startswith("**Unequal:** merged, seed 1")
   assert comparison.summarize(runs, allows=("freeze",))["errors"] == []
+
+
+@pytest.mark.parametrize(
+  ("value", "short"),
+  [
+    (0, "0"),
+    (420, "420"),
+    (999.6, "1k"),
+    (40320, "40.3k"),
+    (1.516e12, "1.52T"),
+  ],
+)
+def test_totals_have_three_digits_and_a_unit(value, short):
+  assert comparison._short(value) == short
 
 
 def test_one_seed_has_no_deviation_and_no_test(runs):

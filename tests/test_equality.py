@@ -187,6 +187,14 @@ def test_one_difference_that_is_allowed_hides_no_other():
   assert found == {"patches": False, "kind": True}
 
 
+def test_what_the_baseline_allows_is_allowed_too():
+  baseline, other = make_account(), make_account()
+  baseline.config["allows"].append("freeze")
+  other.summary["stages"]["see"]["freeze"] = ["merger"]
+  (found,) = differences(baseline, other)
+  assert found.allowed
+
+
 def test_a_name_that_nothing_has_is_refused():
   with pytest.raises(ValueError, match="nothing called 'row' is compared"):
     differences(make_account(), make_account(), allows=("row",))
