@@ -33,6 +33,23 @@ _ENTRY = (
   *("source", "weight", "filter", "limit", "annotations", "rewards"),
   *("shuffle_options", "report_as"),
 )
+# The least that a number of the config may be; a stage checks its own.
+_LEAST = {
+  "inputs.max_prompt_length": 1,
+  "rewards.num_workers": 1,
+  "limits.blind_every": 0,
+  "checkpoint.every": 1,
+  "checkpoint.keep_last": 1,
+  "checkpoint.keep_best": 0,
+  "log.samples_every": 0,
+  "evaluation.every": 0,
+  "evaluation.batch_questions": 1,
+  "evaluation.num_completions": 1,
+  "evaluation.max_completion_length": 1,
+  "evaluation.temperature": 0,
+  "evaluation.top_k": 0,
+}
+_POSITIVE = ("rewards.timeout", "evaluation.top_p")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +172,7 @@ def prepare(
   Raises:
     ValueError: what is wrong in config, data or checkpoint, and the remedy.
   """
-  _check_finite(config)
+  _check_numbers(config)
   schedule = _schedule(config)
   mesh = sharding.make_mesh(**config["mesh"])
   for stage in schedule:
@@ -230,11 +247,19 @@ def _with_rows(job: Job, open_source: "_Opener") -> Job:
   )
 
 
-def _check_finite(config: Mapping[str, Any]) -> None:
+def _check_numbers(config: Mapping[str, Any]) -> None:
   for path, value in traverse_util.flatten_dict(config).items():
-    if isinstance(value, float) and not math.isfinite(value):
-      field = ".".join(map(str, path))
-      raise ValueError(f"{field}: got {value}; expected a finite number.")
+    if not isinstance(value, int | float):
+      continue
+    field, expected = ".".join(map(str, path)), ""
+    if not math.isfinite(value):
+      expected = "a finite number"
+    elif value < _LEAST.get(field, value):
+      expected = f"{_LEAST[field]} or more"
+    elif field in _POSITIVE and value <= 0:
+      expected = "more than 0"
+    if expected:
+      raise ValueError(f"{field}: got {value}; expected {expected}.")
 
 
 def _schedule(config: Mapping[str, Any]) -> tuple[Stage, ...]:

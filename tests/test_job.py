@@ -171,3 +171,30 @@ def test_a_stage_moved_or_renamed_draws_the_same_rows_in_the_same_order(
   assert draw(1, ["thinking", "seeing"]) == first
   assert draw(0, ["looking"]) == first
   assert first[:9] != sorted(first[:9])
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "expected"),
+  [
+    *(
+      (field, least - 1, f"{least} or more")
+      for field, least in job._LEAST.items()
+    ),
+    *((field, 0.0, "more than 0") for field in job._POSITIVE),
+    ("evaluation.temperature", float("nan"), "a finite number"),
+    ("limits.skipped_updates", float("inf"), "a finite number"),
+  ],
+)
+def test_a_number_that_cannot_be_is_refused_by_its_field(
+  field, value, expected
+):
+  config = common.base()
+  job._check_numbers(config.to_dict())
+  section, name = field.split(".")
+  assert name in config[section]
+  numbers = config.to_dict()
+  numbers[section][name] = value
+  with pytest.raises(
+    ValueError, match=rf"^{field}: got {value}; expected {expected}\.$"
+  ):
+    job._check_numbers(numbers)
