@@ -387,8 +387,7 @@ def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
     opened = open(path / "lock", "a+")  # noqa: SIM115
   except OSError as error:
     raise ValueError(
-      f"{path}: no directory that can be written ({error.strerror}); choose "
-      "another."
+      f"{path}: cannot be made a workdir ({error.strerror}); choose another."
     ) from error
   with opened as file:
     try:

@@ -399,6 +399,17 @@ def test_a_second_process_on_a_workdir_is_refused_until_the_first_dies(
       assert (tmp_path / "lock").read_text() == str(os.getpid())
 
 
+def test_a_workdir_is_taken_away_if_it_was_made_for_nothing(tmp_path):
+  for name, mine in (("made", False), ("used", True)):
+    with lock(tmp_path / name):
+      if mine:
+        (tmp_path / name / "config.json").write_text("{}")
+  (tmp_path / "there").mkdir()
+  with lock(tmp_path / "there"):
+    pass
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "used"]
+
+
 def test_an_unchanged_config_passes(tmp_path):
   config = {"seed": 0, "schedule": ("a", "b"), "stages": {"a": {"lr": 1e-3}}}
   check_config(tmp_path, config)

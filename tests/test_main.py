@@ -46,7 +46,7 @@ def refused(launch, tmp_path):
       ["workdir=gs://mine/run"],
       "workdir: got 'gs://mine/run'; expected a local",
     ),
-    (["workdir=/proc/run"], "/proc/run: no directory that can be written ("),
+    (["workdir=/proc/run"], "/proc/run: cannot be made a workdir (No such"),
     (["--foo=1"], "Unknown command line flag 'foo'"),
     (["more"], "unexpected arguments: more"),
     (
