@@ -44,8 +44,6 @@ def get_config(size: str = "") -> ConfigDict:
   config = staged.get_config(size)
   config.workdir = f"runs/paper_{size}"
   config.inputs.min_pixels = 262_144
-  # At 1e-6 nearly all updates of bfloat16 weights would be rounded away.
-  config.model.param_dtype = "float32"
   config.schedule = tuple(STEPS)
   for name, steps in STEPS.items():
     config.stages[name].steps = steps
