@@ -44,17 +44,8 @@ def clip(
   (Ye et al., arXiv 1912.09729), which keeps one token with a huge ratio from
   ruling an update.
 
-  Args:
-    logprobs: see above, as the next three.
-    old_logprobs: .
-    advantages: .
-    mask: .
-    clip_low: r below 1 - clip_low is clipped where A < 0.
-    clip_high: r above 1 + clip_high is clipped where A > 0.
-    clip_dual: bound on r where A < 0, above 1; None: no such bound.
-
-  Returns:
-    Losses, and the shares clip_low, clip_high and clip_dual.
+  The figures are the shares of tokens at each bound: clip_low (A < 0),
+  clip_high (A > 0) and clip_dual; clip_dual None: no such bound.
   """
   log_ratio = _log_ratio(logprobs, old_logprobs, mask)
   ratio = _exp(log_ratio)
