@@ -22,8 +22,11 @@ order with what is trained. Here no arm freezes anything; the released staged
 arm's freeze in the textual stage, which shows no picture, goes with it. And
 pictures are held to the 2048 visual tokens that the prompt limit can take,
 where the released limit of 4,194,304 pixels lets larger ones in and then drops
-their rows. The released weights and moments are in bfloat16, with compensated
-sums; here they are in float32, and bfloat16 is for activations. Nothing of this was run: no such checkpoint was at hand.
+their rows. As there, weights are in bfloat16; but in place of a compensation
+in bfloat16, which does not hear of 1e-6 either, they keep the 16 bits that they
+lack of a float32, and moments are in float32, since in bfloat16 a second moment that
+moves by a thousandth at a time stands still. Nothing of this was run: no such
+checkpoint was at hand.
 """
 
 from ml_collections import ConfigDict

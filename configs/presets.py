@@ -67,6 +67,8 @@ def easyr1() -> Fields:
       "b2": 0.999,
       "weight_decay": 1e-2,
       "clip_norm": 1.0,
+      # For weights in bfloat16: the bits that these lack of a float32 are kept.
+      "compensated": False,
     },
     "learning_rate": 1e-6,
     "lr_schedule": "constant",  # constant | linear | cosine

@@ -45,6 +45,8 @@ def get_config(argument: str = "tiny") -> ConfigDict:
   if preset:
     small = size.startswith("tiny")
     fields = presets.method(preset) if small else presets.load(preset)
+    if not small:
+      fields["optimizer"]["compensated"] = True  # weights are in bfloat16
     for name in CAPABILITIES:
       stage = config.stages[name].to_dict() | fields
       if small and stage["max_rollouts"] > 1:
@@ -65,8 +67,8 @@ def published(size: str) -> ConfigDict:
 def files() -> ConfigDict:
   """Your own parquet, JSON or JSONL, one source a stage."""
   config = common.base(workdir="runs/staged_files", schedule=CAPABILITIES)
-  # Weights stay float32: at 1e-6, bfloat16 would round most updates away.
-  config.model.dtype = "bfloat16"
+  # At 1e-6, bfloat16 alone would round most updates away: see `compensated`.
+  config.model.dtype = config.model.param_dtype = "bfloat16"
   config.model.remat = "full"
   config.inputs.max_pixels = 1_605_632  # 2048 visual tokens
   config.inputs.prompt_suffix = (
@@ -78,6 +80,7 @@ def files() -> ConfigDict:
       data={"files": _file()},
       rewards=(("math", 0.9), ("think_format", 0.1)),
     )
+    config.stages[name].optimizer.compensated = True
   # Held-out rows: --config.evaluation.sets.visual_perception.data.path=FILE
   # and --config.evaluation.capabilities="('visual_perception',)".
   config.evaluation.sets = {

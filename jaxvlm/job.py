@@ -213,6 +213,13 @@ def prepare(
       stage.make_optimizer().make({})
     except ValueError as error:
       raise ValueError(f"stages.{stage.name}: {error}") from error
+    rounds = config["model"]["param_dtype"] == "bfloat16"
+    if rounds and not stage.optimizer["compensated"]:
+      raise ValueError(
+        f"stages.{stage.name}.optimizer.compensated: got False, and "
+        "model.param_dtype is bfloat16, which would round most updates away; "
+        "expected True, or float32 weights."
+      )
   return _with_rows(job, _Opener(processor, longest, display))
 
 

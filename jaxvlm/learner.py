@@ -39,6 +39,10 @@ class Optimizer:
   b2: float
   weight_decay: float
   clip_norm: float
+  # Whether a bfloat16 weight, which does not hear of a change of less than 1/512
+  # of it, keeps the 16 bits that it lacks of a float32 beside the moments. (Kahan's
+  # sum keeps a bfloat16 there, which in turn does not hear of 1e-6.)
+  compensated: bool
 
   def make(self, axes: dict[str, tuple[str | None, ...]]) -> Any:
     """The transformation at learning rate 1, over flat parameters.
@@ -120,6 +124,14 @@ class _Program:
     axes: Any = self.trainable(self.network.axes())[0]
     return self.optimizer.make(axes)
 
+  def init(self, trainable: Flat) -> dict[str, Any]:
+    """The optimizer's state: float32 moments, and the weights' lower bits."""
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    lower = None
+    if self.optimizer.compensated:
+      lower = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.int16), trainable)
+    return {"moments": self.transformation().init(exact), "lower": lower}
+
 
 def _matrix(axes: tuple[str | None, ...]) -> Any:
   """Muon's view of a weight [in, out], [in, N, H] or [N, H, in]; else None.
@@ -174,15 +186,13 @@ class Learner:
   def init(self, params: Params) -> TrainState:
     """A state with a fresh optimizer, whose moments lie as the parameters."""
     trainable, _ = self._program.trainable(params)
-    transformation = self._program.transformation()
     places = jax.tree.map(lambda x: x.sharding, self.abstract(params).opt_state)
-    make = jax.jit(transformation.init, out_shardings=places)
+    make = jax.jit(self._program.init, out_shardings=places)
     return TrainState(params=params, opt_state=make(trainable))
 
   def abstract(self, params: Params) -> TrainState:
     """Shapes, dtypes and shardings of `init(params)`."""
     trainable, _ = self._program.trainable(params)
-    transformation = self._program.transformation()
     everywhere = NamedSharding(self._program.mesh, PartitionSpec())
 
     def place(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
@@ -196,7 +206,7 @@ class Learner:
     return TrainState(
       params=jax.tree.map(lambda x: _abstract(x, x.sharding), params),
       opt_state=jax.tree_util.tree_map_with_path(
-        place, jax.eval_shape(transformation.init, trainable)
+        place, jax.eval_shape(self._program.init, trainable)
       ),
     )
 
@@ -367,19 +377,28 @@ def _update(
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm)
 
-  step, opt_state = program.transformation().update(
-    grads, state.opt_state, trainable
+  lower = state.opt_state["lower"]
+  exact = trainable
+  if lower is not None:
+    exact = jax.tree.map(_join, trainable, lower)
+  step, moments = program.transformation().update(
+    grads, state.opt_state["moments"], exact
   )
-  moved = jax.tree.map(
-    lambda p, s: (p + learning_rate * s).astype(p.dtype), trainable, step
-  )
+  moved = jax.tree.map(lambda p, s: p + learning_rate * s, exact, step)
+  if lower is None:
+    moved = jax.tree.map(lambda x, p: x.astype(p.dtype), moved, trainable)
+  else:
+    parts = jax.tree.map(_split, moved)
+    moved, lower = (
+      {path: pair[i] for path, pair in parts.items()} for i in range(2)
+    )
   keep = functools.partial(
     jax.tree.map, lambda new, old: jnp.where(finite, new, old)
   )
   one = jnp.float32(1.0)
   return TrainState(
     params=join(keep(moved, trainable), frozen),
-    opt_state=keep(opt_state, state.opt_state),
+    opt_state=keep({"moments": moments, "lower": lower}, state.opt_state),
   ), metrics | {
     "grad_norm": (norm, one),
     **{
@@ -388,3 +407,19 @@ def _update(
     },
     "update_skipped": (jnp.where(finite, 0.0, one), one),
   }
+
+
+def _join(high: jax.Array, low: jax.Array) -> Float[Array, "*B"]:
+  """The float32 whose upper bits are a bfloat16 and lower ones an int16."""
+  upper = jax.lax.bitcast_convert_type(high, jnp.uint16).astype(jnp.uint32)
+  lower = jax.lax.bitcast_convert_type(low.astype(jnp.int32), jnp.uint32)
+  return jax.lax.bitcast_convert_type((upper << 16) + lower, jnp.float32)
+
+
+def _split(exact: Float[Array, "*B"]) -> tuple[jax.Array, jax.Array]:
+  """The nearest bfloat16 (ties away from 0), and what `_join` adds to it."""
+  bits = jax.lax.bitcast_convert_type(exact, jnp.uint32)
+  upper = (bits + jnp.uint32(0x8000)) >> 16
+  lower = jax.lax.bitcast_convert_type(bits - (upper << 16), jnp.int32)
+  high = jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+  return high, lower.astype(jnp.int16)

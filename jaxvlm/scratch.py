@@ -233,7 +233,12 @@ def train_tower(
   weights = {"visual": params["visual"], "probe": {"kernel": probe}}
   axes = {**network.axes(), "probe": {"kernel": ("embed", "vocab")}}
   optimizer = Optimizer(
-    name="muon", b1=0.9, b2=0.99, weight_decay=0.01, clip_norm=1.0
+    name="muon",
+    b1=0.9,
+    b2=0.99,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    compensated=False,
   ).make(traverse_util.flatten_dict({k: axes[k] for k in weights}, sep="/"))
   flat = traverse_util.flatten_dict(weights, sep="/")
   schedule = optax.warmup_cosine_decay_schedule(

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import traverse_util
 
+from jaxvlm import learner as learner_module
 from jaxvlm import sharding
 from jaxvlm.data.vision_layout import pack_vision
 from jaxvlm.learner import Learner, Objective, Optimizer
@@ -38,7 +39,12 @@ OBJECTIVE = Objective(
 )
 # Without a first moment's memory, adam's mu is the clipped gradient itself.
 ADAMW = Optimizer(
-  name="adamw", b1=0.0, b2=0.9, weight_decay=0.01, clip_norm=1.0
+  name="adamw",
+  b1=0.0,
+  b2=0.9,
+  weight_decay=0.01,
+  clip_norm=1.0,
+  compensated=False,
 )
 MUON = dataclasses.replace(ADAMW, name="muon")
 RATE = 1e-3
@@ -69,7 +75,7 @@ def gradients(state, metrics):
   """The gradient before clipping, as AdamW with b1 = 0 has seen it."""
   norm = float(metrics["grad_norm"][0])
   scale = max(1.0, norm / ADAMW.clip_norm)
-  moments = optax.tree_utils.tree_get(state.opt_state, "mu")
+  moments = optax.tree_utils.tree_get(state.opt_state["moments"], "mu")
   return {path: scale * np.asarray(mu) for path, mu in moments.items()}
 
 
@@ -513,7 +519,9 @@ def test_the_optimizers_moments_lie_as_their_parameters(
   weights = traverse_util.flatten_dict(placed, sep="/")
   assert any(not x.is_fully_replicated for x in weights.values())
   for moments in ("mu", "nu"):
-    for path, x in optax.tree_utils.tree_get(state.opt_state, moments).items():
+    for path, x in optax.tree_utils.tree_get(
+      state.opt_state["moments"], moments
+    ).items():
       assert x.sharding == weights[path].sharding
   jax.tree.map(
     lambda a, b: (
@@ -622,6 +630,66 @@ def test_muon_leaves_embeddings_biases_and_norms_to_adamw(
   )
 
 
+@pytest.mark.parametrize("compensated", [False, True])
+def test_a_thousand_small_updates_arrive_where_the_lower_bits_are_kept(
+  compensated,
+):
+  """Each is a millionth of the weight; bfloat16 holds 1/256 of it."""
+  start = jnp.array([1.0, -3.0, 0.01, 0.0], jnp.bfloat16)
+  step = -1e-6 * start.astype(jnp.float32)
+
+  @jax.jit
+  def move(high, low):
+    if not compensated:
+      return (high + step).astype(high.dtype), low
+    return learner_module._split(learner_module._join(high, low) + step)
+
+  master, weights = start.astype(jnp.float32), (start, jnp.zeros(4, jnp.int16))
+  for _ in range(1000):
+    master, weights = master + step, move(*weights)
+  if compensated:
+    np.testing.assert_array_equal(learner_module._join(*weights), master)
+    np.testing.assert_allclose(
+      master, 0.999 * start.astype(jnp.float32), rtol=5e-5
+    )
+  else:
+    np.testing.assert_array_equal(weights[0], start)
+
+
+def test_a_float_is_its_nearest_bfloat16_and_the_bits_that_this_lacks():
+  random = np.random.default_rng(0)
+  bits = random.integers(0, 2**32, 100_000, dtype=np.uint64).astype(np.uint32)
+  bits = np.concatenate([bits, np.uint32([0, 1 << 31, 0x3F808000, 0x3F817FFF])])
+  values = bits.view(np.float32)
+  values = values[np.isfinite(values) & (np.abs(values) < 1e38)]
+  high, low = learner_module._split(jnp.asarray(values))
+  np.testing.assert_array_equal(
+    np.asarray(learner_module._join(high, low)).view(np.uint32),
+    values.view(np.uint32),
+  )
+  nearest = np.float32(jnp.asarray(values).astype(jnp.bfloat16))
+  normal = np.abs(values) > 1e-30
+  gap = np.abs(np.float32(high) - values)[normal]
+  assert (gap <= np.abs(nearest - values)[normal]).all()
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_an_update_keeps_the_dtypes_of_its_state(
+  make_learner, mesh, params, place_params, make_experience, batch, compensated
+):
+  """Moments are float32 whatever the weights are."""
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  optimizer = dataclasses.replace(ADAMW, compensated=compensated)
+  learner = make_learner(mesh, optimizer=optimizer)
+  state = learner.init(place_params(half, mesh))
+  before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+  state, _ = learner.update(state, make_experience(mesh, batch), RATE)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before
+  moments = optax.tree_utils.tree_get(state.opt_state["moments"], "nu")
+  assert {x.dtype for x in moments.values()} == {jnp.dtype("float32")}
+  assert (state.opt_state["lower"] is not None) == compensated
+
+
 def test_an_unknown_optimizer_is_named():
   with pytest.raises(ValueError, match="got 'sgd'; there are adamw, muon"):
     dataclasses.replace(ADAMW, name="sgd").make({})
@@ -688,7 +756,9 @@ def test_a_frozen_part_keeps_its_bits_and_the_others_move(
 ):
   state, _ = request.getfixturevalue(which)
   start, found = flat(params), flat(state.params)
-  moments = optax.tree_utils.tree_get_all_with_path(state.opt_state, "nu")
+  moments = optax.tree_utils.tree_get_all_with_path(
+    state.opt_state["moments"], "nu"
+  )
   named = {path for _, value in moments for path in value}
   assert found.keys() == start.keys()
   for path, x in start.items():
@@ -704,7 +774,7 @@ def test_a_frozen_decoder_keeps_its_bits_and_sees_to_the_tower(
 ):
   learner = make_learner(mesh, frozen=("decoder", "merger"))
   state = learner.init(place_params(params, mesh))
-  moments = optax.tree_utils.tree_get(state.opt_state, "mu")
+  moments = optax.tree_utils.tree_get(state.opt_state["moments"], "mu")
   parts = {network.part_of(tuple(path.split("/"))) for path in moments}
   assert parts == {"vision_tower"}
 

@@ -33,6 +33,10 @@ def refused(launch, tmp_path):
 @pytest.mark.parametrize(
   ("argv", "told"),
   [
+    (
+      ["model.param_dtype=bfloat16"],
+      "stages.warm.optimizer.compensated: got False, and model.param_dtype is",
+    ),
     (["stages.perceive.stepz=1"], "--config.stages.perceive: no field 'stepz'"),
     (["stages.perceive.stepz=1"], "there are advantage, aggregation"),
     (["seed.x=1"], "--config.seed: no field 'x'; there are none."),

@@ -12,6 +12,7 @@ OPTIMIZER = {
   "b2": 0.999,
   "weight_decay": 0.0,
   "clip_norm": 1.0,
+  "compensated": False,
 }
 
 
