@@ -67,6 +67,7 @@ class Sampler:
     *,
     key: Key[Array, ""],
     draws: Draws,
+    limits: Int[np.ndarray, "Q G"] | None = None,
   ) -> Rollout:
     """G completions of each question of this host, as host arrays.
 
@@ -76,8 +77,10 @@ class Sampler:
       key: of this seed, stage and step; question, completion and position are
         folded in, so that the batch's layout does not matter.
       draws: see there.
+      limits: tokens that each completion may have at most, from 1; None: what
+        draws says, for all.
     """
-    return self.start(weights, questions, key=key, draws=draws)()
+    return self.start(weights, questions, key=key, draws=draws, limits=limits)()
 
   def start(
     self,
@@ -86,6 +89,7 @@ class Sampler:
     *,
     key: Key[Array, ""],
     draws: Draws,
+    limits: Int[np.ndarray, "Q G"] | None = None,
   ) -> Callable[[], Rollout]:
     """`sample`, not waited for: the host is free while the device works.
 
@@ -112,6 +116,7 @@ class Sampler:
         weights,
         self._banned,
         sharding.place(self._mesh, prompts),
+        None if limits is None else sharding.place(self._mesh, limits),
         key,
       )
     return lambda: jax.tree.map(sharding.to_host, rollout)
@@ -138,6 +143,7 @@ def _sample(
   weights: Params,
   banned: Bool[Array, " V"],
   prompts: Prompts,
+  limits: Int[Array, "Q G"] | None,
   key: Key[Array, ""],
 ) -> Rollout:
   questions = prompts.prompt_ids.shape[0]
@@ -172,11 +178,16 @@ def _sample(
       column = value[..., None].astype(buffer.dtype)
       return jax.lax.dynamic_update_slice(buffer, column, at)
 
+    said_all = live & jnp.isin(ids, jnp.asarray(eos_ids, jnp.int32))
+    ended = state["ended"] | said_all
+    if limits is not None:
+      ended |= state["column"] + 1 >= limits
     return state | {
       "ids": put(state["ids"], jnp.where(live, ids, pad_id)),
       "mask": put(state["mask"], live),
       "logprobs": put(state["logprobs"], jnp.where(live, logprobs, 0.0)),
-      "ended": state["ended"] | jnp.isin(ids, jnp.asarray(eos_ids)),
+      "ended": ended,
+      "truncated": state["truncated"] & ~said_all,
       "last": ids,
       "column": state["column"] + 1,
     }
@@ -215,6 +226,7 @@ def _sample(
     "mask": jnp.zeros((*rows, longest), bool),
     "logprobs": jnp.zeros((*rows, longest), jnp.float32),
     "ended": jnp.zeros(rows, bool),
+    "truncated": jnp.ones(rows, bool),
     "last": jnp.zeros(rows, jnp.int32),
     "column": jnp.int32(0),
     "cache": network.init_cache(questions, group, longest),
@@ -227,6 +239,6 @@ def _sample(
   return Rollout(
     completion_ids=state["ids"],
     completion_mask=state["mask"],
-    truncated=~state["ended"],
+    truncated=state["truncated"],
     sampler_logprobs=state["logprobs"],
   )

@@ -17,7 +17,7 @@ from jaxvlm.types import Example, Question
 
 @pytest.fixture(scope="module")
 def sample(make_sampler, place_params, params, draws):
-  def run(mesh, questions, key=0, **changes):
+  def run(mesh, questions, key=0, limits=None, **changes):
     sampler = make_sampler(mesh)
     weights = sampler.weights(place_params(params, mesh))
     return sampler.sample(
@@ -25,6 +25,7 @@ def sample(make_sampler, place_params, params, draws):
       questions,
       key=jax.random.key(key),
       draws=dataclasses.replace(draws, **changes),
+      limits=limits,
     )
 
   return run
@@ -78,6 +79,20 @@ def test_company_and_a_shorter_limit_do_not_matter(
     np.testing.assert_array_equal(found.truncated, ~ended)
     short = jax.tree.map(lambda x: x[..., :5] if x.ndim == 3 else x, expected)
     assert_same_completions(found, dataclasses.replace(short, truncated=~ended))
+
+
+def test_a_completion_ends_at_a_limit_of_its_own(
+  sample, mesh, questions, rollout
+):
+  limits = np.arange(24).reshape(8, 3) % 5 + 1
+  found = sample(mesh, questions, limits=limits.astype(np.int32))
+  kept = rollout.completion_mask & (np.arange(8) < limits[..., None])
+  np.testing.assert_array_equal(found.completion_mask, kept)
+  np.testing.assert_array_equal(
+    found.completion_ids, np.where(kept, rollout.completion_ids, 0)
+  )
+  whole = kept.sum(-1) == rollout.completion_mask.sum(-1)
+  np.testing.assert_array_equal(found.truncated, ~whole | rollout.truncated)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])

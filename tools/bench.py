@@ -1,0 +1,499 @@
+"""Rollout, update, whole step and vision tower on defined arrays and weights.
+
+  python tools/bench.py --model NAME --work W1 --work-dir DIR
+
+DIR/NAME holds two Hugging Face checkpoints, policy/ and ref/, and inputs.npz:
+B questions of one picture each (`prompts` [B P], `pixels`, `grid` [B 3]), G
+completions of R tokens (`completions` [B*G R], `advantages`, `old_logps`,
+`policy_logps`, `lengths` [B*G]), raw `images` [B H W 3] and `text` [B T] ids,
+and pictures for the tower (`v_pixels`, `v_grid`). Rows of a question follow one
+another.
+
+  W1  B*G completions of exactly R tokens           tokens/s
+  W2  the same, each ended at its own length        useful tokens/s
+  W3  one GRPO update of all, reference included    samples/s
+  W4  a whole step, from raw pictures and text      seconds
+  W5  the tower, without gradient                   pictures/s
+
+One device. Each repetition waits for a quiet machine, begins with arrays on the host and
+ends with the result there; compilation is left out and told as first_call_s.
+Prints a table's row to stderr and a JSON line to stdout, whose `check` says that
+it was the same work: the losses and gradient norms of W3, the first numbers of
+W5, the largest error of W1's logprobs against `policy_logps`.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxvlm import models, sharding
+from jaxvlm.data.processor import Processor
+from jaxvlm.data.vision_layout import Layout, mrope_positions, pack_vision
+from jaxvlm.learner import Learner, Objective, Optimizer
+from jaxvlm.packing import pack, unbatch
+from jaxvlm.rl import advantages
+from jaxvlm.rollout.sampler import Draws, Sampler
+from jaxvlm.types import Example, Experience, Question
+
+METRICS = {
+  "W1": "tokens_per_s",
+  "W2": "useful_tokens_per_s",
+  "W3": "samples_per_s",
+  "W4": "s_per_step",
+  "W5": "images_per_s",
+}
+REPS = {"tiny": 7, "small": 5, "medium": 3}
+OPTIMIZER = Optimizer(
+  name="adamw",
+  b1=0.9,
+  b2=0.999,
+  weight_decay=0.0,
+  clip_norm=1.0,
+  compensated=False,
+)
+RATE = 1e-5
+QUIET = 0.1  # share of the cores that others may use
+LONGEST_WAIT = 60.0  # seconds for a quiet machine, before a repetition
+_HZ = os.sysconf("SC_CLK_TCK")
+
+
+class Lab:
+  """A model of the work folder: weights, arrays, sampler and learner."""
+
+  def __init__(self, directory: pathlib.Path, microbatches: int):
+    self.arrays = dict(np.load(directory / "inputs.npz"))
+    self.group, self.length = int(self.arrays["G"]), int(self.arrays["R"])
+    self.microbatches = microbatches
+    self.config = json.loads((directory / "policy/config.json").read_text())
+    self.layout = Layout.from_config(self.config)
+    first = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+    self.mesh = jax.sharding.Mesh(first, sharding.AXES)
+    on_cpu = jax.default_backend() == "cpu"
+    self.dtype = "float32" if on_cpu else "bfloat16"
+    self.network = models.load_network(
+      directory / "policy",
+      dtype=self.dtype,
+      param_dtype="float32",
+      remat="none",
+    )
+    self.params, self.reference = (
+      models.load_params(
+        self.network, directory / name, self.mesh, lambda count: None
+      )
+      for name in ("policy", "ref")
+    )
+    banned = np.zeros(self.network.config.vocab_size, bool)
+    self.sampler = Sampler(
+      network=self.network,
+      mesh=self.mesh,
+      eos_ids=(),
+      pad_id=0,
+      banned=banned,
+      layout=self.layout,
+    )
+    self.draws = Draws(
+      num_completions=self.group,
+      max_completion_length=self.length,
+      temperature=1.0,
+      top_k=0,
+      top_p=1.0,
+    )
+    self.learner = Learner(
+      network=self.network,
+      mesh=self.mesh,
+      banned=banned,
+      frozen=(),
+      optimizer=OPTIMIZER,
+      objective=Objective(
+        kind="grpo",
+        temperature=1.0,
+        surrogate=(
+          ("clip_dual", None),
+          ("clip_high", 0.2),
+          ("clip_low", 0.2),
+          ("name", "clip"),
+        ),
+        aggregation="sequence",
+        max_completion_length=self.length,
+        kl_coef=0.01,
+        kl_estimator="k3",
+        kl_limit=20.0,
+        entropy_coef=0.0,
+        importance=None,
+        importance_cap=1.0,
+        logprob_chunk=256,
+      ),
+    )
+
+  @functools.cached_property
+  def questions(self) -> list[Question]:
+    a = self.arrays
+    patches = np.split(a["pixels"], len(a["prompts"]))
+    return [
+      self.question(i, ids, pixels, grid[None])
+      for i, (ids, pixels, grid) in enumerate(
+        zip(a["prompts"], patches, a["grid"], strict=True)
+      )
+    ]
+
+  def question(
+    self, i: int, ids: np.ndarray, pixels: np.ndarray, grid: np.ndarray
+  ) -> Question:
+    ids, grid = ids.astype(np.int32), grid.astype(np.int32)
+    return Question(
+      question_id=i,
+      example=Example(problem="", answer=""),
+      prompt_ids=ids,
+      position_ids=mrope_positions(ids, grid, self.layout),
+      pixel_values=pixels,
+      image_grid_thw=grid,
+    )
+
+  def groups(self, name: str) -> np.ndarray:
+    """An array of [B*G ...] as [B G ...]."""
+    return self.arrays[name].reshape(
+      -1, self.group, *self.arrays[name].shape[1:]
+    )
+
+  def place(self, x: np.ndarray) -> jax.Array:
+    return sharding.place(
+      self.mesh, unbatch(x, self.microbatches), ("microbatch",)
+    )
+
+  def tree(self, questions: list[Question], ids: np.ndarray) -> Any:
+    packed = pack(
+      questions,
+      ids.astype(np.int32),
+      np.ones(ids.shape, bool),
+      microbatches=self.microbatches,
+      layout=self.layout,
+    )
+    return sharding.place(self.mesh, packed, ("microbatch",))
+
+  def update(
+    self,
+    state: Any,
+    questions: list[Question],
+    ids: np.ndarray,
+    values: np.ndarray,
+    old: np.ndarray | None,
+    reference: Any,
+  ) -> tuple[Any, dict[str, Any]]:
+    tree = self.tree(questions, ids)
+    experience = Experience(
+      tree=tree,
+      completion_mask=self.place(np.ones(ids.shape, bool)),
+      advantages=self.place(values.astype(np.float32)),
+      groups=self.place(np.ones((len(ids), 1), bool)),
+      sampler_logprobs=self.place(np.zeros(ids.shape, np.float32)),
+      old_logprobs=None if old is None else self.place(old),
+      ref_logprobs=self.learner.logprobs(reference, tree),
+    )
+    state, metrics = self.learner.update(state, experience, RATE)
+    return state, jax.device_get(metrics)
+
+
+def rollout(lab: Lab, *, limited: bool) -> tuple[Callable[[], Any], float, Any]:
+  """W1, W2: (one repetition, tokens of it, check)."""
+  questions, turn = lab.questions, iter(range(10**9))
+  limits = lab.groups("lengths").astype(np.int32) if limited else None
+  tokens = (
+    int(limits.sum()) if limited else len(questions) * lab.group * lab.length
+  )
+
+  def run() -> None:
+    found = lab.sampler.sample(
+      lab.sampler.weights(lab.params),
+      questions,
+      key=jax.random.key(next(turn)),
+      draws=lab.draws,
+      limits=limits,
+    )
+    assert found.completion_mask.sum() == tokens
+
+  ids = lab.groups("completions")
+  logprobs = lab.learner.logprobs(lab.params, lab.tree(questions, ids))
+  logprobs = np.asarray(logprobs).reshape(ids.shape)
+  error = np.abs(logprobs - lab.groups("policy_logps")).max()
+  return run, tokens, {"max_abs_logp_err": float(error)}
+
+
+def update(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
+  """W3: (one repetition, samples of it, check)."""
+  state = lab.learner.init(lab.params)
+  ids, values = lab.groups("completions"), lab.groups("advantages")
+  old = lab.groups("old_logps")
+  told: dict[str, Any] = {}
+
+  def run() -> None:
+    nonlocal state
+    state, metrics = lab.update(
+      state, lab.questions, ids, values, old, lab.reference
+    )
+    place = sum(name.startswith("loss") for name in told) + 1
+    if place <= 2:
+      total, count = metrics["loss"]
+      told[f"loss{place}"] = round(float(total / count), 6)
+      told[f"grad_norm{place}"] = round(float(metrics["grad_norm"][0]), 5)
+    if place == 1:
+      total, count = (x[0] for x in metrics["kl"])
+      told["kl1"] = round(float(total / count), 6)
+
+  return run, ids.shape[0] * ids.shape[1], told
+
+
+def step(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
+  """W4: (one repetition, 1, check)."""
+  with tempfile.TemporaryDirectory() as directory:
+    processor = make_processor(lab, pathlib.Path(directory))
+  words = [[f"t{i}" for i in row] for row in lab.arrays["text"]]
+  rows = [
+    Example(
+      problem=f"{' '.join(said[:8])} <image> {' '.join(said[8:])}",
+      answer="",
+      images=(picture,),
+    )
+    for said, picture in zip(words, lab.arrays["images"], strict=True)
+  ]
+  state, turn = lab.learner.init(lab.params), iter(range(10**9))
+  reference = jax.tree.map(jnp.copy, lab.params)
+  told: dict[str, Any] = {}
+
+  def run() -> None:
+    nonlocal state
+    questions = [processor.question(row, i) for i, row in enumerate(rows)]
+    for question, ids in zip(questions, lab.arrays["prompts"], strict=True):
+      np.testing.assert_array_equal(question.prompt_ids, ids)
+    found = lab.sampler.sample(
+      lab.sampler.weights(state.params),
+      questions,
+      key=jax.random.key(next(turn)),
+      draws=lab.draws,
+    )
+    assert found.completion_mask.all()
+    paid = (found.completion_ids % 2 == 0).mean(-1)
+    values = advantages.grpo(paid, eps=1e-4)
+    state, metrics = lab.update(
+      state, questions, found.completion_ids, values, None, reference
+    )
+    told["grad_norm"] = round(float(metrics["grad_norm"][0]), 5)
+
+  return run, 1, told
+
+
+def make_processor(lab: Lab, directory: pathlib.Path) -> Processor:
+  """One whose words are ids: t17 is 17."""
+  import tokenizers
+  import transformers
+
+  size = lab.network.config.vocab_size
+  special = {
+    lab.config["image_token_id"]: "<|image_pad|>",
+    lab.config["video_token_id"]: "<|video_pad|>",
+    lab.config["vision_start_token_id"]: "<|vision_start|>",
+    lab.config["vision_end_token_id"]: "<|vision_end|>",
+    size - 4: "<|im_end|>",
+    size - 3: "<|endoftext|>",
+    size - 2: "<unk>",
+  }
+  words = {special.get(i, f"t{i}"): i for i in range(size)}
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(words, unk_token="<unk>")
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  tokenizer.add_special_tokens(list(special.values()))
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    unk_token="<unk>",
+    eos_token="<|im_end|>",
+    pad_token="<|endoftext|>",
+    chat_template=(
+      "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}"
+      "{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+      "<|vision_start|><|image_pad|><|vision_end|>"
+      "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    ),
+  ).save_pretrained(directory)
+  side = lab.layout.patch_size * lab.layout.spatial_merge_size
+  half = lab.config["model_type"] == "qwen3_vl"
+  clip_mean = [0.48145466, 0.4578275, 0.40821073]
+  clip_std = [0.26862954, 0.26130258, 0.27577711]
+  (directory / "preprocessor_config.json").write_text(
+    json.dumps(
+      {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "min_pixels": side**2,
+        "max_pixels": 1280 * side**2,
+        "patch_size": lab.layout.patch_size,
+        "merge_size": lab.layout.spatial_merge_size,
+        "temporal_patch_size": 2,
+        "image_mean": [0.5] * 3 if half else clip_mean,
+        "image_std": [0.5] * 3 if half else clip_std,
+      }
+    )
+  )
+  (directory / "config.json").write_text(json.dumps(lab.config))
+  return Processor.from_directory(
+    directory,
+    min_pixels=None,
+    max_pixels=None,
+    prompt_suffix="",
+    system_prompt=None,
+  )
+
+
+def vision(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
+  """W5: (one repetition, pictures of it, check)."""
+  grids = lab.arrays["v_grid"]
+  pixels = np.split(lab.arrays["v_pixels"], len(grids))
+  image = lab.layout.image_token_id
+  questions = [
+    lab.question(
+      i,
+      np.full(grid.prod() // lab.layout.patches_per_token, image),
+      patches,
+      grid[None],
+    )
+    for i, (patches, grid) in enumerate(zip(pixels, grids, strict=True))
+  ]
+  encode = jax.jit(lambda params, record: lab.network.encode(params, record))
+  told: dict[str, Any] = {}
+
+  def run() -> None:
+    packed = pack_vision([[q] for q in questions], layout=lab.layout)
+    record = sharding.place(lab.mesh, {"vision": packed})["vision"]
+    with sharding.use(lab.mesh):
+      tokens = np.asarray(encode(lab.params, record).tokens)
+    each = [q.prompt_ids.size for q in questions]
+    rows = np.concatenate([t[:n] for t, n in zip(tokens, each, strict=True)])
+    told["shape"] = list(rows.shape)
+    told["mean"] = round(float(rows.mean()), 7)
+    told["rms"] = round(float(np.sqrt((rows**2).mean())), 6)
+    told["row0"] = [round(float(x), 5) for x in rows[0, :4]]
+
+  return run, len(grids), told
+
+
+WORKS = {
+  "W1": functools.partial(rollout, limited=False),
+  "W2": functools.partial(rollout, limited=True),
+  "W3": update,
+  "W4": step,
+  "W5": vision,
+}
+
+
+# -- timing ----------------------------------------------------------------------
+
+
+def busy() -> tuple[float, float, float]:
+  """Wall seconds, core seconds of the machine, and of this process."""
+  try:
+    line = pathlib.Path("/proc/stat").read_text().splitlines()[0]
+    counts = [int(x) for x in line.split()[1:9]]
+    machine = (sum(counts) - counts[3] - counts[4]) / _HZ
+  except (OSError, ValueError):
+    machine = 0.0
+  own = os.times()
+  return time.perf_counter(), machine, sum(own[:4])
+
+
+def lap(since: tuple[float, float, float]) -> tuple[float, float]:
+  """Seconds since then, and the share of the cores that others used."""
+  wall, machine, own = (a - b for a, b in zip(busy(), since, strict=True))
+  return wall, max(0.0, (machine - own) / (wall * (os.cpu_count() or 1)))
+
+
+def timed(
+  run: Callable[[], Any], reps: int
+) -> tuple[list[float], list[float], float]:
+  """Walls of the quiet repetitions, others' shares, seconds of the first."""
+  started = time.perf_counter()
+  run()
+  first = time.perf_counter() - started
+  found: list[tuple[float, float]] = []
+  while len(found) < 2 * reps and sum(o <= QUIET for _, o in found) < reps:
+    until = time.perf_counter() + LONGEST_WAIT
+    while time.perf_counter() < until:
+      since = busy()
+      time.sleep(0.5)
+      if lap(since)[1] <= QUIET:
+        break
+    since = busy()
+    run()
+    found.append(lap(since))
+  quiet = [one for one in found if one[1] <= QUIET]
+  kept = quiet if len(quiet) >= min(3, reps) else found[:reps]
+  return [w for w, _ in kept], [o for _, o in kept], first
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("--model", required=True, help="a folder of --work-dir")
+  parser.add_argument("--work", required=True, choices=sorted(METRICS))
+  parser.add_argument("--work-dir", required=True, type=pathlib.Path)
+  parser.add_argument("--reps", type=int, help="repetitions that count")
+  parser.add_argument("--microbatches", type=int, default=1)
+  parser.add_argument("--variant", default="")
+  given = parser.parse_args()
+  directory = given.work_dir / given.model
+  if not (directory / "inputs.npz").is_file():
+    sys.exit(f"bench: {directory} has no inputs.npz; see --help.")
+  lab = Lab(directory, given.microbatches)
+  run, amount, check = WORKS[given.work](lab)
+  reps = given.reps or REPS.get(given.model.rpartition("-")[2], 5)
+  walls, others, first = timed(run, reps)
+  values = walls if given.work == "W4" else [amount / w for w in walls]
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  packages = ("jax", "jaxlib", "flax", "optax", "jaxvlm")
+  line = {
+    "peer": "jaxvlm" + (f":{given.variant}" if given.variant else ""),
+    "model": given.model,
+    "work": given.work,
+    "metric": METRICS[given.work],
+    "median": statistics.median(values),
+    "min": min(values),
+    "max": max(values),
+    "n": len(values),
+    "values": [round(v, 5) for v in values],
+    "higher_is_better": given.work != "W4",
+    "threads": len(os.sched_getaffinity(0)),
+    "dtype": lab.dtype,
+    "device": jax.devices()[0].device_kind,
+    "peak_rss_mb": round(peak, 1),
+    "load1": round(os.getloadavg()[0], 2),
+    "unix": int(time.time()),
+    "versions": {"python": platform.python_version()}
+    | {name: importlib.metadata.version(name) for name in packages},
+    "walls_s": [round(w, 4) for w in walls],
+    "other_cpu": [round(o, 3) for o in others],
+    "n_quiet": sum(o <= QUIET for o in others),
+    "first_call_s": round(first, 2),
+    "check": check,
+  }
+  print(
+    f"{given.model} {given.work}: {line['median']:.4g} {line['metric']} "
+    f"({line['min']:.4g} to {line['max']:.4g}, {line['n_quiet']} of {len(walls)} "
+    f"quiet), {peak:.0f} MB",
+    file=sys.stderr,
+  )
+  print(json.dumps(line))
+
+
+if __name__ == "__main__":
+  main()
