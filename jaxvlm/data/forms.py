@@ -14,10 +14,11 @@ import itertools
 import pathlib
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import pyarrow
 
+from jaxvlm.data.lazy import LazyRows
 from jaxvlm.data.messages import MARKER, read_messages, split_answered
 from jaxvlm.data.options import find_letter, with_options
 from jaxvlm.data.tables import Table, further_columns, look_up
@@ -115,7 +116,7 @@ def read_examples(
   return rows
 
 
-class _Examples(Sequence[Example]):
+class _Examples(LazyRows):
   """All rows of all files, made into examples one at a time."""
 
   def __init__(
@@ -189,16 +190,7 @@ class _Examples(Sequence[Example]):
           f"and response_key, or another form of {', '.join(FORMS)}."
         )
 
-  @overload
-  def __getitem__(self, i: int) -> Example: ...
-  @overload
-  def __getitem__(self, i: slice) -> Sequence[Example]: ...
-  def __getitem__(self, i: int | slice) -> Example | Sequence[Example]:
-    if isinstance(i, slice):
-      return [self[j] for j in range(*i.indices(len(self)))]
-    if not -len(self) <= i < len(self):
-      raise IndexError(f"row {i} of {len(self)}")
-    i %= len(self)
+  def row(self, i: int) -> Example:
     at = bisect.bisect_right(self._starts, i) - 1
     table, number = self._tables[at], i - self._starts[at]
     return self._example(table.row(number), table, table.name(number))

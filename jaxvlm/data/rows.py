@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar, overload
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow
@@ -14,6 +14,7 @@ import pyarrow.parquet
 from jaxtyping import Float, Int
 
 from jaxvlm.data.expressions import Expression
+from jaxvlm.data.lazy import LazyRows
 from jaxvlm.data.options import read_choices
 from jaxvlm.types import Example, Picture
 
@@ -115,7 +116,7 @@ def _read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-class Rows(Sequence[Example]):
+class Rows(LazyRows):
   """A source's rows with what its entry in the config adds to each."""
 
   def __init__(
@@ -150,14 +151,8 @@ class Rows(Sequence[Example]):
   def __len__(self) -> int:
     return len(self._examples)
 
-  @overload
-  def __getitem__(self, i: int) -> Example: ...
-  @overload
-  def __getitem__(self, i: slice) -> Sequence[Example]: ...
-  def __getitem__(self, i: int | slice) -> Example | Sequence[Example]:
-    if isinstance(i, slice):
-      return [self[j] for j in range(*i.indices(len(self)))]
-    example = self._examples[int(i)]  # numpy's are not every source's
+  def row(self, i: int) -> Example:
+    example = self._examples[i]
     if self._annotations is not None:
       found = self._annotations.get(row_id(example), {})
       columns = {**example.columns, **self._missing, **found}

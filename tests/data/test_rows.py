@@ -215,7 +215,7 @@ def test_a_source_is_asked_for_plain_numbers():
     def __getitem__(self, i):
       return super().__getitem__(random.Random(i).randrange(1))
 
-  assert make_entry(Seeded(make_rows(1)))[np.int64(7)].problem == "p0"
+  assert make_entry(Seeded(make_rows(8)))[np.int64(7)].problem == "p0"
 
 
 def test_the_rewards_of_an_entry_are_its_rows():

@@ -10,8 +10,9 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
+from jaxvlm.data.lazy import LazyRows
 from jaxvlm.types import Example
 
 # Of reasoning-gym 0.1.25: these come from the order of a Python set of texts,
@@ -106,7 +107,7 @@ def _open(recipe: str) -> Any:
   return reasoning_gym.create_dataset(**json.loads(recipe))
 
 
-class _Tasks(Sequence[Example]):
+class _Tasks(LazyRows):
   def __init__(self, tasks: Sequence[tuple[str, str, Any]], size: int):
     self._tasks = tasks  # name, what it is made from, the data set
     self._size = size
@@ -115,16 +116,8 @@ class _Tasks(Sequence[Example]):
   def __len__(self) -> int:
     return self._size
 
-  @overload
-  def __getitem__(self, i: int) -> Example: ...
-  @overload
-  def __getitem__(self, i: slice) -> Sequence[Example]: ...
-  def __getitem__(self, i: int | slice) -> Example | Sequence[Example]:
-    if isinstance(i, slice):
-      return [self[j] for j in range(*i.indices(len(self)))]
-    if not -len(self) <= i < len(self):
-      raise IndexError(f"reasoning_gym: {i} of {self._size}")
-    index, which = divmod(i % self._size, len(self._tasks))
+  def row(self, i: int) -> Example:
+    index, which = divmod(i, len(self._tasks))
     name, recipe, task = self._tasks[which]
     with self._lock:  # a task may keep what it draws from
       entry = task[index]

@@ -17,10 +17,10 @@ import functools
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import overload
 
 import numpy as np
 
+from jaxvlm.data.lazy import LazyRows
 from jaxvlm.types import Example
 
 CELL = 28  # pixels
@@ -121,7 +121,7 @@ def source(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Worlds(Sequence[Example]):
+class _Worlds(LazyRows):
   capability: str
   split: str
   size: int
@@ -133,19 +133,11 @@ class _Worlds(Sequence[Example]):
   def __len__(self) -> int:
     return self.size
 
-  @overload
-  def __getitem__(self, index: int) -> Example: ...
-  @overload
-  def __getitem__(self, index: slice) -> Sequence[Example]: ...
-  def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(self.size))]
-    if not 0 <= index < self.size:
-      raise IndexError(f"worlds: {index} of {self.size}")
-    name = f"{self.capability}/{self.split}/{self.seed}/{index}"
+  def row(self, i: int) -> Example:
+    name = f"{self.capability}/{self.split}/{self.seed}/{i}"
     rng = random.Random(name)
     task = rng.choices(list(self.weights), list(self.weights.values()))[0]
-    captioned = index < self.captions
+    captioned = i < self.captions
     if captioned and self.capability == "warm_start":
       task = CAPTION
     home, make = _makers()[task]
