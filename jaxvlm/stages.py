@@ -299,10 +299,8 @@ def hold_schedule(
       f"another in the schedule {tuple(order)}."
     )
   held = list(stages)
-  total, before = (
-    sum(stage.updates for stage in stages if stage.name in names),
-    0,
-  )
+  total = sum(stage.updates for stage in stages if stage.name in names)
+  before = 0
   for i in range(first, first + len(names)):
     for field in _SHARED:
       one, other = getattr(stages[first], field), getattr(stages[i], field)

@@ -88,11 +88,8 @@ def inspect(
       raise ValueError(
         f"{example.name or f'{name}[{i}]'}: no {wanted}; each row needs one."
       )
-    prompt, response = (
-      processor.length(example),
-      processor.response_length(example),
-    )
-    return prompt, response, row_id(example)
+    prompt = processor.length(example)
+    return prompt, processor.response_length(example), row_id(example)
 
   lengths = np.empty((len(rows), 2), np.int64)
   row_ids = []
@@ -144,10 +141,10 @@ class Loader:
 
   The stream is a pure function of the sources' rows and weights and the seed,
   whatever the sources are called: each is shuffled anew each epoch, repeated,
-  and mixed by weight; question_id is the place in the mixture. Of each batch, host h takes the h-th of the equal slices, so
-  that the batch is the same whatever the number of hosts. Threads prepare up
-  to one batch ahead; `get_state` knows what was handed out, not what was
-  prepared.
+  and mixed by weight; question_id is the place in the mixture. Of each batch,
+  host h takes the h-th of the equal slices, so that the batch is the same
+  whatever the number of hosts. Threads prepare up to one batch ahead;
+  `get_state` knows what was handed out, not what was prepared.
   """
 
   def __init__(
