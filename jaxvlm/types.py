@@ -83,10 +83,10 @@ class Vision:
   """The pictures of a batch, packed in S lanes beside the questions.
 
   Lane s holds the pictures of the s-th of S equal slices of the questions, so
-  that no gather crosses shards. The loop gives each question a lane of its
-  own: dense attention costs the square of a lane. Patches are in the order of
-  Hugging Face's processor (2 x 2 merge blocks); padding stands at the end of a
-  lane, with segment -1. None: the family's tower has no such thing.
+  that no gather crosses shards. Patches are in 2 x 2 merge blocks as Hugging
+  Face's processor makes them, and those window by window where the tower has
+  windows; padding stands at the end of a lane, with segment -1. None: the
+  family's tower has no such thing.
   """
 
   pixel_values: Float[Array, "S L D"]

@@ -11,7 +11,7 @@ from flax import traverse_util
 
 from jaxvlm import learner as learner_module
 from jaxvlm import sharding
-from jaxvlm.data.vision_layout import pack_vision
+from jaxvlm.data.vision_layout import pack_vision, token_places
 from jaxvlm.learner import Learner, Objective, Optimizer
 from jaxvlm.packing import pack, unbatch
 from jaxvlm.rl import kl, losses
@@ -110,7 +110,7 @@ class Naive:
       positions[:, r, prompt:end] = following
       branches[r, :end] = 0
       shown = np.flatnonzero(question.prompt_ids == self.layout.image_token_id)
-      index[r, shown] = np.arange(len(shown))
+      index[r, shown] = token_places(question.image_grid_thw, self.layout)
       before[r] = np.minimum(prompt - 1 + np.arange(longest), width - 1)
     vision = pack_vision(
       [[q] for q in questions for _ in range(group)], layout=self.layout

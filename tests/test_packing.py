@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxvlm.data.vision_layout import token_places
 from jaxvlm.packing import pack, unbatch
 
 LENGTHS = np.array(
@@ -82,11 +83,14 @@ def test_visual_tokens_stay_in_the_lane_of_their_question(
   for q, question in enumerate(questions):
     index = tree.vision_index[0, q]
     shown = np.flatnonzero(tree.ids[0, q] == layout.image_token_id)
-    np.testing.assert_array_equal(index[shown], np.arange(len(shown)))
+    grids = question.image_grid_thw
+    places = token_places(grids, layout)
+    np.testing.assert_array_equal(index[shown], places)
     assert (np.delete(index, shown) == -1).all()
-    patches = len(question.pixel_values)
+    patches, width = question.pixel_values.shape
     np.testing.assert_array_equal(
-      tree.vision.pixel_values[0, q, :patches], question.pixel_values
+      tree.vision.pixel_values[0, q, :patches].reshape(-1, 4, width)[places],
+      question.pixel_values.reshape(-1, 4, width),
     )
     assert (tree.vision.full_segments[0, q, patches:] == -1).all()
 

@@ -43,7 +43,12 @@ import numpy as np
 
 from jaxvlm import models, sharding
 from jaxvlm.data.processor import Processor
-from jaxvlm.data.vision_layout import Layout, mrope_positions, pack_vision
+from jaxvlm.data.vision_layout import (
+  Layout,
+  mrope_positions,
+  pack_vision,
+  token_places,
+)
 from jaxvlm.learner import Learner, Objective, Optimizer
 from jaxvlm.packing import pack, unbatch
 from jaxvlm.rl import advantages
@@ -371,6 +376,7 @@ def vision(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
     )
     for i, (patches, grid) in enumerate(zip(pixels, grids, strict=True))
   ]
+  places = [token_places(q.image_grid_thw, lab.layout) for q in questions]
   encode = jax.jit(lambda params, record: lab.network.encode(params, record))
   told: dict[str, Any] = {}
 
@@ -379,8 +385,7 @@ def vision(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
     record = sharding.place(lab.mesh, {"vision": packed})["vision"]
     with sharding.use(lab.mesh):
       tokens = np.asarray(encode(lab.params, record).tokens)
-    each = [q.prompt_ids.size for q in questions]
-    rows = np.concatenate([t[:n] for t, n in zip(tokens, each, strict=True)])
+    rows = np.concatenate([t[at] for t, at in zip(tokens, places, strict=True)])
     told["shape"] = list(rows.shape)
     told["mean"] = round(float(rows.mean()), 7)
     told["rms"] = round(float(np.sqrt((rows**2).mean())), 6)

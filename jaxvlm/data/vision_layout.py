@@ -46,11 +46,12 @@ class Layout:
 
 
 class PatchPlaces(NamedTuple):
-  """For each patch, in the order of pixel_values; segments count from 0.
+  """For each patch of a lane; segments count from 0 and rise.
 
-  The fields are those of `Vision`.
+  The fields but the first are those of `Vision`.
   """
 
+  order: Int[np.ndarray, " L"]  # its place in pixel_values
   rows: Int[np.ndarray, " L"]
   cols: Int[np.ndarray, " L"]
   full_segments: Int[np.ndarray, " L"]  # the (picture, frame)
@@ -118,15 +119,19 @@ def _picture_places(t: int, h: int, w: int, layout: Layout) -> PatchPlaces:
   frame, block_row, block_col, row, col = np.indices(shape).reshape(5, -1)
   rows = block_row * merge + row
   cols = block_col * merge + col
+  order = np.arange(rows.size)
   windows, index, weight = None, None, None
   if layout.window_size:
     side = layout.window_size // layout.patch_size // merge * merge
     down, across = -(-h // side), -(-w // side)
     windows = (frame * down + rows // side) * across + cols // side
-    windows = windows.astype(np.int32)
+    order = np.argsort(windows, kind="stable")  # merge blocks stay whole
+    rows, cols, frame = rows[order], cols[order], frame[order]
+    windows = windows[order].astype(np.int32)
   if layout.places:
     index, weight = _nearest_places(rows, cols, h, w, layout.places)
   places = PatchPlaces(
+    order=order.astype(np.int32),
     rows=rows.astype(np.int32),
     cols=cols.astype(np.int32),
     full_segments=frame.astype(np.int32),
@@ -170,21 +175,23 @@ def patch_places(
 ) -> PatchPlaces:
   """Where the patches of one lane's pictures, at least one, stand.
 
-  HF permutes the patches by window; the same attention is natural order with
-  these segments: equal full_segments see each other in full blocks, equal
-  window_segments in window blocks. Windows are cut short at the edges.
+  Equal full_segments see each other in full blocks, equal window_segments in
+  window blocks. Where there are windows, patches stand window by window, as
+  Hugging Face sorts them; windows are cut short at the edges.
   """
   parts = []
-  frames, windows = 0, 0
+  patches, frames, windows = 0, 0, 0
   for t, h, w in np.asarray(image_grid_thw).tolist():
     part = _picture_places(t, h, w, layout)
     own = part.window_segments
     parts.append(
       part._replace(
+        order=part.order + patches,
         full_segments=part.full_segments + frames,
         window_segments=None if own is None else own + windows,
       )
     )
+    patches += t * h * w
     frames += t
     windows += 0 if own is None else int(own[-1]) + 1
   joined: list[Any] = [
@@ -192,6 +199,17 @@ def patch_places(
     for field in zip(*parts, strict=True)
   ]
   return PatchPlaces(*joined)
+
+
+def token_places(
+  image_grid_thw: Int[np.ndarray, "I 3"], layout: Layout
+) -> Int[np.ndarray, " M"]:
+  """Where each visual token, in the prompt's order, stands in a lane."""
+  if len(image_grid_thw) == 0:
+    return np.zeros(0, np.int32)
+  size = layout.patches_per_token
+  order = patch_places(image_grid_thw, layout).order[::size] // size
+  return np.argsort(order).astype(np.int32)
 
 
 def slices_of(
@@ -246,7 +264,7 @@ def pack_vision(
     patches: L. None: the capacity of the fullest lane. 0: text alone.
 
   Returns:
-    A lane has its pictures first, in the order of questions, then padding:
+    A lane has its pictures first, those of a question together, then padding:
     pixels 0, coordinates 0, segments -1. None when L is 0.
 
   Raises:
@@ -280,10 +298,11 @@ def pack_vision(
   for s, part in enumerate(slices):
     if n := counts[s]:
       pixels = np.concatenate([q.pixel_values for q in part])
-      vision.pixel_values[s, :n] = pixels
       grids = np.concatenate([q.image_grid_thw for q in part])
-      for name, places in patch_places(grids, layout)._asdict().items():
-        if places is not None:
+      found = patch_places(grids, layout)
+      vision.pixel_values[s, :n] = pixels[found.order]
+      for name, places in found._asdict().items():
+        if name != "order" and places is not None:
           getattr(vision, name)[s, :n] = places
   return vision
 
@@ -333,7 +352,7 @@ def collate(
       mask[row, :n] = True
       positions[:, row, :n] = question.position_ids
       shown = np.flatnonzero(question.prompt_ids == layout.image_token_id)
-      index[row, shown] = seen + np.arange(len(shown))
+      index[row, shown] = seen + token_places(question.image_grid_thw, layout)
       seen += len(shown)
       row += 1
   return Prompts(

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxvlm.nn import kv_cache
+from jaxvlm.nn.block_attention import of_trees
 from jaxvlm.nn.decoder import Embeds, visual_columns
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.nn.vision import Features
@@ -168,13 +168,15 @@ class Network:
     """Hidden states of packed trees, after the last norm.
 
     A query sees a key that is not later and lies in the prompt (branch 0) or
-    in its own branch. Padding (-1) sees itself, and no one sees it.
+    in its own branch. Padding (-1) sees nothing, and no one sees it.
     """
     decoder = _merge(self.skeleton.language_model, params["language_model"])
-    keys, queries = branch_ids[:, None, :], branch_ids[:, :, None]
-    mask = _causal(position_ids.shape[2]) & ((keys == 0) | (keys == queries))
     x, _ = decoder(
-      embeds, position_ids, mask, keep_cache=False, remat=self.remat
+      embeds,
+      position_ids,
+      of_trees(branch_ids),
+      keep_cache=False,
+      remat=self.remat,
     )
     return x
 
@@ -195,9 +197,12 @@ class Network:
   ) -> tuple[Float[Array, "Q D"], list[KVCache]]:
     """Hidden state of each prompt's last token, and its K and V by layer."""
     decoder = _merge(self.skeleton.language_model, params["language_model"])
-    mask = _causal(position_ids.shape[2]) & prompt_mask[:, None, :]
     x, caches = decoder(
-      embeds, position_ids, mask, keep_cache=True, remat=self.remat
+      embeds,
+      position_ids,
+      of_trees(jnp.where(prompt_mask, 0, -1)),
+      keep_cache=True,
+      remat=self.remat,
     )
     last = jnp.sum(prompt_mask, axis=1) - 1
     hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
@@ -266,7 +271,3 @@ def _merge(skeleton: nnx.Module, params: Params) -> Any:
 
 def _layer(stacked: Any, i: int) -> Any:
   return jax.tree.map(lambda x: x[i], stacked)
-
-
-def _causal(length: int) -> Bool[np.ndarray, "1 T T"]:
-  return np.tril(np.ones((1, length, length), bool))

@@ -12,6 +12,7 @@ from flax import nnx
 
 from jaxvlm.models import base
 from jaxvlm.nn import rope, vision
+from jaxvlm.nn.block_attention import of_segments
 from jaxvlm.nn.layers import GatedMLP, RMSNorm, scan, stack
 from jaxvlm.nn.vision import Features
 from jaxvlm.sharding import constrain
@@ -131,9 +132,9 @@ SIZES = {
 
 
 class VisionTower(nnx.Module):
-  """HF: Qwen2_5_VisionTransformerPretrainedModel, in the patches' own order.
+  """HF: Qwen2_5_VisionTransformerPretrainedModel.
 
-  HF sorts patches by window; a mask by window is equal and needs no sort.
+  Patches come sorted by window and leave so.
   """
 
   def __init__(self, config: VisionConfig, *, dtype: Any, rngs: nnx.Rngs):
@@ -180,7 +181,8 @@ class VisionTower(nnx.Module):
   def __call__(self, inputs: Vision, *, dtype: Any, remat: str) -> Features:
     config = self.config
     assert inputs.window_segments is not None  # its Layout has windows
-    windows = jnp.asarray(inputs.window_segments)
+    whole = of_segments(jnp.asarray(inputs.full_segments))
+    windows = of_segments(jnp.asarray(inputs.window_segments))
     angles = rope.vision_angles(
       jnp.asarray(inputs.rows),
       jnp.asarray(inputs.cols),
@@ -192,8 +194,10 @@ class VisionTower(nnx.Module):
     def call(
       block: vision.VisionBlock, x: jax.Array, full: jax.Array
     ) -> tuple[jax.Array, None]:
-      segments = jnp.where(full, inputs.full_segments, windows)
-      x = block(x, angles, vision.within(segments))
+      visibility = jax.tree.map(
+        functools.partial(jnp.where, full), whole, windows
+      )
+      x = block(x, angles, visibility)
       return constrain(x, "lane", None, None), None
 
     x = self.patch_embed(jnp.asarray(inputs.pixel_values, dtype))

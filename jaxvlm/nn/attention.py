@@ -1,4 +1,4 @@
-"""Grouped-query attention: dense, and over a prompt that a group shares."""
+"""The decoder's attention: of whole rows, and of a group over its prompt."""
 
 import functools
 from typing import Any
@@ -10,25 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxvlm.nn import kv_cache, rope
+from jaxvlm.nn.block_attention import Visibility, attend
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.nn.layers import Linear, RMSNorm
-
-
-def attend(
-  query: Float[Array, "B T N H"],
-  keys: Float[Array, "B S K H"],
-  values: Float[Array, "B S K H"],
-  mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T N H"]:
-  """softmax(q k / sqrt(H)) v; query head n reads kv head n // (N / K).
-
-  Scores and softmax are float32. Every query must see at least one key.
-  """
-  query = rearrange(query, "B T (K R) H -> B T K R H", K=keys.shape[2])
-  scores = _scores("btkrh,bskh->bkrts", query, keys)
-  weights = _softmax(scores, mask[:, None, None, :, :]).astype(values.dtype)
-  out = jnp.einsum("bkrts,bskh->btkrh", weights, values)
-  return rearrange(out, "B T K R H -> B T (K R) H")
 
 
 def attend_group(
@@ -125,10 +109,10 @@ class Attention(nnx.Module):
     self,
     x: Float[Array, "B T D"],
     angles: Float[Array, "B T F"],
-    mask: Bool[Array, "B T T"],
+    visibility: Visibility,
   ) -> tuple[Float[Array, "B T D"], KVCache]:
     query, new = self._project(x, angles)
-    out = attend(query, new.keys, new.values, mask)
+    out = attend(query, new.keys, new.values, visibility)
     return self.o_proj(out), new
 
   def decode(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxvlm.nn import rope
 from jaxvlm.nn.attention import Attention
+from jaxvlm.nn.block_attention import Visibility
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.nn.layers import Embed, GatedMLP, RMSNorm, scan, stack
 from jaxvlm.sharding import constrain
@@ -107,9 +108,9 @@ class DecoderLayer(nnx.Module):
     )
 
   def __call__(
-    self, x: jax.Array, angles: jax.Array, mask: jax.Array
+    self, x: jax.Array, angles: jax.Array, visibility: Visibility
   ) -> tuple[Float[Array, "B T D"], KVCache]:
-    out, cache = self.self_attn(self.input_layernorm(x), angles, mask)
+    out, cache = self.self_attn(self.input_layernorm(x), angles, visibility)
     return self._mlp(x + out), cache
 
   def decode(
@@ -168,7 +169,7 @@ class Decoder(nnx.Module):
     self,
     embeds: Embeds,
     position_ids: Int[Array, "3 B T"],
-    mask: Bool[Array, "B T T"],
+    visibility: Visibility,
     *,
     keep_cache: bool,
     remat: str,
@@ -187,7 +188,7 @@ class Decoder(nnx.Module):
     def call(
       layer: DecoderLayer, x: jax.Array, i: jax.Array
     ) -> tuple[jax.Array, KVCache | None]:
-      x, cache = layer(x, angles, mask)
+      x, cache = layer(x, angles, visibility)
       if count:
         x = jax.lax.cond(i < count, add_level, lambda x, i: x, x, i)
       return x, cache if keep_cache else None

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from jaxvlm.nn import rope
-from jaxvlm.nn.attention import attend
+from jaxvlm.nn.block_attention import Visibility, attend
 from jaxvlm.nn.layers import MLP, Linear
 from jaxvlm.types import record
 
@@ -104,18 +104,12 @@ class VisionAttention(nnx.Module):
     self,
     x: Float[Array, "S L E"],
     angles: Float[Array, "S L F"],
-    mask: Bool[Array, "S L L"],
+    visibility: Visibility,
   ) -> Float[Array, "S L E"]:
     query, keys, values = jnp.moveaxis(self.qkv(x), 2, 0)
     query = rope.rotate(query, angles, dtype=jnp.float32)
     keys = rope.rotate(keys, angles, dtype=jnp.float32)
-    return self.proj(attend(query, keys, values, mask))
-
-
-def within(segments: Int[Array, "S L"]) -> Bool[Array, "S L L"]:
-  """Who sees whom: patches of one segment. Padding (-1) is a segment too, so
-  that no query is left without a key."""
-  return segments[:, :, None] == segments[:, None, :]
+    return self.proj(attend(query, keys, values, visibility))
 
 
 class VisionBlock(nnx.Module):
@@ -142,9 +136,9 @@ class VisionBlock(nnx.Module):
     self,
     x: Float[Array, "S L E"],
     angles: Float[Array, "S L F"],
-    mask: Bool[Array, "S L L"],
+    visibility: Visibility,
   ) -> Float[Array, "S L E"]:
-    x += self.attn(self.norm1(x), angles, mask)
+    x += self.attn(self.norm1(x), angles, visibility)
     return x + self.mlp(self.norm2(x))
 
 

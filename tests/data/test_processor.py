@@ -133,15 +133,20 @@ def test_a_batch_mixes_text_with_one_and_several_pictures(
     np.testing.assert_array_equal(
       batch.position_ids[:, row, :length], question.position_ids
     )
-  # Visual tokens are numbered through the lane, row after row.
+  # Visual tokens stand in the lane question after question, each where the
+  # windows put it.
   shown = batch.vision_index[batch.vision_index >= 0]
   grids = np.concatenate([q.image_grid_thw for q in questions])
   assert len(grids) == 4
-  np.testing.assert_array_equal(shown, np.arange(grids.prod(axis=1).sum() // 4))
+  places = vision_layout.token_places(grids, processor.layout)
+  np.testing.assert_array_equal(shown, places)
   assert (batch.vision_index[1] == -1).all()
   pixels = np.concatenate([q.pixel_values for q in questions])
   np.testing.assert_array_equal(
-    batch.vision.pixel_values[0, : len(pixels)], pixels
+    batch.vision.pixel_values[0, : len(pixels)].reshape(-1, 4, pixels.shape[1])[
+      places
+    ],
+    pixels.reshape(-1, 4, pixels.shape[1]),
   )
 
 

@@ -116,21 +116,25 @@ def test_coordinates_and_segments_equal_transformers(window_size):
 
   thw = torch.tensor(grids)
   coordinates = vision_utils.get_vision_position_ids(thw, 2).numpy()
-  np.testing.assert_array_equal(places.rows, coordinates[:, 0])
-  np.testing.assert_array_equal(places.cols, coordinates[:, 1])
+  np.testing.assert_array_equal(places.rows, coordinates[places.order, 0])
+  np.testing.assert_array_equal(places.cols, coordinates[places.order, 1])
 
   full = np.diff(vision_utils.get_vision_cu_seqlens(thw).numpy())
   full = np.repeat(np.arange(len(full)), full)
-  np.testing.assert_array_equal(places.full_segments, full)
+  np.testing.assert_array_equal(places.full_segments, full[places.order])
 
-  # HF orders merged tokens by window; segment ids in that order are sorted.
   order, bounds = vision_utils.get_vision_window_index(
     thw, 2, window_size, patch_size=14
   )
   lengths = np.diff(bounds.numpy())
-  ordered = places.window_segments.reshape(-1, 4)[order.numpy()].reshape(-1)
+  np.testing.assert_array_equal(places.order[::4] // 4, order.numpy())
   np.testing.assert_array_equal(
-    ordered, np.repeat(np.arange(len(lengths)), lengths)
+    places.window_segments, np.repeat(np.arange(len(lengths)), lengths)
+  )
+  # The i-th visual token of the prompt stands where the order put it.
+  np.testing.assert_array_equal(
+    vision_layout.token_places(np.array(grids), layout)[order.numpy()],
+    np.arange(len(order)),
   )
 
 

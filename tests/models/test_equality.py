@@ -32,16 +32,17 @@ def case(request, make_question, layout):
   return questions
 
 
-def pictures(tokens, vision):
-  """[M D], without padding; `tokens` are [S M D]."""
-  real = np.asarray(vision.full_segments)[:, ::4] >= 0
-  return np.asarray(tokens.astype(jnp.float32))[real]
+def pictures(tokens, prompts):
+  """[M D] in the order in which the prompts show them; `tokens` are [S M D]."""
+  index = np.asarray(prompts.vision_index).reshape(len(tokens), -1)
+  lane, column = np.nonzero(index >= 0)
+  return np.asarray(tokens.astype(jnp.float32))[lane, index[lane, column]]
 
 
-def all_pictures(features, vision):
+def all_pictures(features, prompts):
   """The visual tokens, then each level's."""
   levels = () if features.levels is None else tuple(features.levels)
-  return [pictures(tokens, vision) for tokens in (features.tokens, *levels)]
+  return [pictures(tokens, prompts) for tokens in (features.tokens, *levels)]
 
 
 @torch.no_grad()
@@ -68,7 +69,7 @@ def assert_close(got, expected, atol):
 def test_visual_tokens_and_levels_equal_transformers(
   family, features, prompts, hf, hf_inputs
 ):
-  got = all_pictures(features, prompts.vision)
+  got = all_pictures(features, prompts)
   assert len(got) == {"qwen2_5_vl": 1, "qwen3_vl": 4}[family]
   for ours, expected in zip(got, hf_pictures(hf, hf_inputs), strict=True):
     assert_close(ours, expected, 5e-5)
@@ -94,7 +95,7 @@ def test_pictures_of_every_number_and_size_equal_transformers(
   np.testing.assert_array_equal(positions, expected.numpy())
 
   features = run.see(network, params, batch.vision)
-  got = all_pictures(features, batch.vision)
+  got = all_pictures(features, batch)
   for ours, want in zip(got, hf_pictures(hf, inputs), strict=True):
     assert_close(ours, want, 5e-5)
   logits = run.reading(network, params, batch, features)
@@ -227,9 +228,9 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(
   low = dataclasses.replace(network, dtype="bfloat16")
   seen = run.see(low, params, prompts.vision)
   assert seen.tokens.dtype == jnp.bfloat16
-  got = all_pictures(seen, prompts.vision)
+  got = all_pictures(seen, prompts)
   got.append(run.reading(low, params, prompts, seen))
-  exact = [*all_pictures(features, prompts.vision), logits]
+  exact = [*all_pictures(features, prompts), logits]
 
   hf_low = copy.deepcopy(hf).to(torch.bfloat16)
   theirs = [*hf_pictures(hf_low, hf_inputs), hf_logits(hf_low, hf_inputs)]

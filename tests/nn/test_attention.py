@@ -10,7 +10,8 @@ from transformers import Qwen3VLTextConfig
 from transformers.models.qwen3_vl import modeling_qwen3_vl as reference
 
 from jaxvlm.nn import kv_cache
-from jaxvlm.nn.attention import Attention, attend, attend_group
+from jaxvlm.nn.attention import Attention, attend_group
+from jaxvlm.nn.block_attention import of_trees
 from jaxvlm.nn.kv_cache import KVCache
 
 B, T, N, K, H = 2, 6, 4, 2, 8
@@ -22,45 +23,12 @@ def draw():
   return lambda *shape: random.normal(size=shape).astype(np.float32)
 
 
-def test_attend_equals_torch_with_grouped_heads(draw):
-  query, keys, values = draw(B, T, N, H), draw(B, 9, K, H), draw(B, 9, K, H)
-  mask = draw(B, T, 9) > 0
-  mask[:, :, 0] = True
-  expected = torch.nn.functional.scaled_dot_product_attention(
+def dense(query, keys, values):
+  """All queries see all keys, as torch does it."""
+  return torch.nn.functional.scaled_dot_product_attention(
     *(torch.tensor(x).transpose(1, 2) for x in (query, keys, values)),
-    attn_mask=torch.tensor(mask)[:, None],
     enable_gqa=True,
   ).transpose(1, 2)
-  np.testing.assert_allclose(
-    attend(query, keys, values, mask), expected, rtol=0, atol=1e-6
-  )
-
-
-def test_a_masked_key_changes_nothing_however_large(draw):
-  query, keys, values = draw(B, T, N, H), draw(B, T, K, H), draw(B, T, K, H)
-  mask = np.ones((B, T, T), bool)
-  mask[:, :, 2] = False
-  expected = attend(query, keys, values, mask)
-  keys[:, 2], values[:, 2] = 1e6, -1e6
-  np.testing.assert_array_equal(attend(query, keys, values, mask), expected)
-
-
-def test_a_query_that_sees_nothing_gives_numbers_and_gradients(draw):
-  query, keys, values = draw(B, T, N, H), draw(B, T, K, H), draw(B, T, K, H)
-  mask = np.zeros((B, T, T), bool)
-  gradient = jax.grad(lambda *x: attend(*x, mask).sum(), argnums=(0, 1, 2))
-  assert all(jnp.isfinite(x).all() for x in gradient(query, keys, values))
-
-
-def test_scores_of_bfloat16_are_float32(draw):
-  query, keys, values = (
-    jnp.asarray(draw(1, T, 1, 64), jnp.bfloat16) for _ in range(3)
-  )
-  mask = np.ones((1, T, T), bool)
-  exact = attend(*(x.astype(jnp.float32) for x in (query, keys, values)), mask)
-  got = attend(query, keys, values, mask)
-  assert got.dtype == jnp.bfloat16
-  np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=1e-2)
 
 
 def test_a_group_attends_as_its_rows_would_alone(draw):
@@ -82,8 +50,7 @@ def test_a_group_attends_as_its_rows_would_alone(draw):
           (prompt.values, completion.values),
         )
       )
-      mask = np.ones((1, 1, p + written), bool)
-      alone = attend(query[q, g][None, None], keys, values, mask)
+      alone = dense(query[q, g][None, None], keys, values)
       np.testing.assert_allclose(got[q, g], alone[0, 0], rtol=0, atol=1e-6)
 
 
@@ -102,8 +69,8 @@ def test_decoding_column_by_column_equals_one_pass(draw, qk_norm_eps):
   )
   x = draw(B, T, 16)
   angles = jnp.asarray(draw(B, T, H // 2))
-  mask = np.tril(np.ones((1, T, T), bool)).repeat(B, 0)
-  expected, cache = attention(x, angles, mask)
+  causal = of_trees(jnp.zeros((B, T), jnp.int32))
+  expected, cache = attention(x, angles, causal)
   start = 2
   prompt = jax.tree.map(lambda x: x[:, :start], cache)
   own = kv_cache.empty((B, 1, T - start, K, H), "float32")
@@ -168,7 +135,8 @@ def both_of(normed, draw):
     position_embeddings=(twice.cos(), twice.sin()),
     attention_mask=torch.tensor(mask)[:, None],
   )
-  got, _ = ours(x, jnp.asarray(angles), mask)
+  causal = of_trees(jnp.zeros((B, T), jnp.int32))
+  got, _ = ours(x, jnp.asarray(angles), causal)
   return np.asarray(got), expected.detach().numpy()
 
 

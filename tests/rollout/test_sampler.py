@@ -225,8 +225,8 @@ def table_of(path):
 
 @pytest.mark.parametrize("eos", EOS)
 def test_a_completion_ends_with_any_eos_and_its_mask_covers_it(chain, eos):
-  rollout = chain(table_of([2, 3, 4, 5, eos, 6]), [2, 4, 5])
-  expected = [[3, 4, 5, eos, 0, 0], [5, eos, 0, 0, 0, 0], [eos, 0, 0, 0, 0, 0]]
+  rollout = chain(table_of([2, 3, 4, 6, eos, 7]), [2, 4, 6])
+  expected = [[3, 4, 6, eos, 0, 0], [6, eos, 0, 0, 0, 0], [eos, 0, 0, 0, 0, 0]]
   for g in range(2):
     np.testing.assert_array_equal(rollout.completion_ids[:, g], expected)
   lengths = np.array([4, 2, 1])
