@@ -14,7 +14,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxvlm import books, checkpoint, job, train
+from jaxvlm import books, checkpoint, compiling, job, train
 from jaxvlm.display import Display, make_console
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> None:
     try:
       # Where a run lies is no part of it: a workdir may be moved.
       workdir = _local(config.pop("workdir"))
+      compiling.keep(config.pop("compilation_cache"))
       if jax.process_index() == 0:
         stack.enter_context(checkpoint.lock(workdir))
         checkpoint.check_config(workdir, config)

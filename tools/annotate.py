@@ -26,7 +26,14 @@ if __name__ == "__main__":
 import jax
 from absl import app, flags, logging
 
-from jaxvlm import annotate, annotations, checkpoint, job, main
+from jaxvlm import (
+  annotate,
+  annotations,
+  checkpoint,
+  compiling,
+  job,
+  main,
+)
 from jaxvlm.display import Display, make_console
 
 _STAGE = flags.DEFINE_string("stage", None, "A stage of the config.")
@@ -56,6 +63,7 @@ def run(argv: list[str]) -> None:
     jax.distributed.initialize()
   config = main.CONFIG.value.to_dict()
   del config["workdir"]
+  compiling.keep(config.pop("compilation_cache"))
   output = pathlib.Path(_OUTPUT.value).expanduser().absolute()
   with contextlib.ExitStack() as stack:
     display = stack.enter_context(Display(make_console()))
