@@ -36,6 +36,7 @@ _ENTRY = (
 # The least that a number of the config may be; a stage checks its own.
 _LEAST = {
   "inputs.max_prompt_length": 1,
+  "sampler.slots": 0,
   "rewards.num_workers": 1,
   "limits.blind_every": 0,
   "checkpoint.every": 1,
@@ -104,6 +105,7 @@ class Job:
       pad_id=self.processor.pad_id,
       banned=self.banned,
       layout=self.processor.layout,
+      slots=self.config["sampler"]["slots"],
     )
 
   def make_learner(self, stage: Stage) -> Learner:
@@ -378,7 +380,7 @@ def _checkpoint(
       )
   if model["remat"] not in models.REMAT:
     raise ValueError(
-      f"model.remat: got {model['remat']!r}; expected {' or '.join(models.REMAT)}."
+      f"model.remat: got {model['remat']!r}; expected one of {', '.join(models.REMAT)}."
     )
   if model["checkpoint"]:
     given = pathlib.Path(model["checkpoint"]).expanduser()

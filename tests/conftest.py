@@ -194,7 +194,7 @@ def place_params(network):
 
 @pytest.fixture(scope="session")
 def make_sampler(network, layout, banned):
-  def make(mesh):
+  def make(mesh, slots=0):
     return Sampler(
       network=network,
       mesh=mesh,
@@ -202,6 +202,7 @@ def make_sampler(network, layout, banned):
       pad_id=0,
       banned=banned,
       layout=layout,
+      slots=slots,
     )
 
   return make

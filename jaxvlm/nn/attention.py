@@ -20,7 +20,7 @@ def attend_group(
   prompt: KVCache,
   prompt_mask: Bool[Array, "Q P"],
   completion: KVCache,
-  completion_mask: Bool[Array, " C"],
+  completion_mask: Bool[Array, "Q C"],
 ) -> Float[Array, "Q G N H"]:
   """Attention of one new token of each completion: two products, one softmax.
 
@@ -36,10 +36,7 @@ def attend_group(
     axis=-1,
   )
   length = prompt_mask.shape[1]
-  own = jnp.broadcast_to(
-    completion_mask, (query.shape[0], completion_mask.size)
-  )
-  mask = jnp.concatenate([prompt_mask, own], axis=-1)
+  mask = jnp.concatenate([prompt_mask, completion_mask], axis=-1)
   weights = _softmax(scores, mask[:, None, None, None, :])
   weights = weights.astype(prompt.values.dtype)
   out = jnp.einsum(
@@ -122,11 +119,11 @@ class Attention(nnx.Module):
     prompt: KVCache,
     prompt_mask: Bool[Array, "Q P"],
     completion: KVCache,
+    written: Bool[Array, "Q C"],  # this token's column too
     column: Int[Array, ""],
   ) -> tuple[Float[Array, "Q G D"], KVCache]:
     query, new = self._project(x, angles)
     completion = kv_cache.write(completion, new, column)
-    written = jnp.arange(completion.keys.shape[2]) <= column
     out = attend_group(query, prompt, prompt_mask, completion, written)
     return self.o_proj(out), completion
 

@@ -204,6 +204,7 @@ class Decoder(nnx.Module):
     prompt_cache: list[KVCache],
     prompt_mask: Bool[Array, "Q P"],
     completion_cache: list[KVCache],
+    written: Bool[Array, "Q C"],
     column: Int[Array, ""],
   ) -> tuple[Float[Array, "Q G D"], list[KVCache]]:
     """One token of every completion, through a list of layers."""
@@ -213,7 +214,7 @@ class Decoder(nnx.Module):
       self.layers, prompt_cache, completion_cache, strict=True
     ):
       x, cache = layer.decode(
-        x, angles, prompt, prompt_mask, completion, column
+        x, angles, prompt, prompt_mask, completion, written, column
       )
       caches.append(cache)
     return self.norm(x), caches

@@ -1,33 +1,28 @@
-"""The sampler: prompts once per question, then a while_loop over columns."""
+"""The sampler: prompts once per question, and ended rows make room."""
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from jaxvlm import sharding
 from jaxvlm.data.vision_layout import Layout, collate, needed
 from jaxvlm.models import Network
-from jaxvlm.rl.logprobs import token_logits
-from jaxvlm.rollout.sampling import draw, draw_keys
+from jaxvlm.rollout import slots as programs
+from jaxvlm.rollout.slots import Draws, Program
 from jaxvlm.types import Params, Prompts, Question, Rollout
 
+# Rows decode in fewer blocks when a quarter of them is left: with halves a step
+# costs less still, but compiling twice as many programs costs more than that.
+_SHRINK = 4
+# Rows of a data shard that cost as much as one would.
+_FEWEST = {"cpu": 8, "gpu": 64, "tpu": 64}
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Draws:
-  """How completions are drawn; one compiled program for each value."""
-
-  num_completions: int
-  max_completion_length: int
-  temperature: float  # 0: the most likely token
-  top_k: int  # 0: all
-  top_p: float  # 1: all
+__all__ = ["Draws", "Sampler"]
 
 
 class Sampler:
@@ -42,23 +37,25 @@ class Sampler:
     pad_id: int,
     banned: np.ndarray,
     layout: Layout,
+    slots: int = 0,  # completions that decode at once; 0: all
   ):
-    self._layout = layout
-    self._network = network
-    self._mesh = mesh
-    self._eos_ids = eos_ids
-    self._pad_id = pad_id
-    self._banned = jnp.asarray(banned)
+    self.network = network
+    self.mesh = mesh
+    self.eos_ids = eos_ids
+    self.pad_id = pad_id
+    self.banned = jnp.asarray(banned)
+    self.layout = layout
+    self.slots = slots
 
   def weights(self, params: Params) -> Params:
     """The policy's weights as decoding reads them: cast, gathered over fsdp.
 
     Where they already lie so (one fsdp shard, same dtype) nothing is copied.
     """
-    network = self._network
-    if self._mesh.shape["fsdp"] == 1 and network.param_dtype == network.dtype:
+    network = self.network
+    if self.mesh.shape["fsdp"] == 1 and network.param_dtype == network.dtype:
       return params
-    return _gather(network, self._mesh, params)
+    return _gather(network, self.mesh, params)
 
   def sample(
     self,
@@ -75,7 +72,8 @@ class Sampler:
       weights: of `weights`.
       questions: Q / hosts of them, a multiple of this host's data shards.
       key: of this seed, stage and step; question, completion and position are
-        folded in, so that the batch's layout does not matter.
+        folded in, so that neither the batch's layout nor the order in which
+        rows decode matters.
       draws: see there.
       limits: tokens that each completion may have at most, from 1; None: what
         draws says, for all.
@@ -96,30 +94,11 @@ class Sampler:
     Returns:
       What waits for the completions and gives them.
     """
-    lanes = len(questions)
-    prompt_length, patches = sharding.agree_max(
-      needed(questions, lanes=lanes, layout=self._layout)
-    )
-    prompts = collate(
-      questions,
-      lanes=lanes,
-      layout=self._layout,
-      prompt_length=int(prompt_length),
-      patches=int(patches),
-    )
-    with sharding.use(self._mesh):
-      rollout = _sample(
-        self._network,
-        draws,
-        self._eos_ids,
-        self._pad_id,
-        weights,
-        self._banned,
-        sharding.place(self._mesh, prompts),
-        None if limits is None else sharding.place(self._mesh, limits),
-        key,
-      )
-    return lambda: jax.tree.map(sharding.to_host, rollout)
+    if limits is None:
+      shape = (len(questions), draws.num_completions)
+      limits = np.full(shape, draws.max_completion_length, np.int32)
+    decoding = _Decoding(self, weights, questions, key, draws, limits)
+    return decoding.finish
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -134,111 +113,224 @@ def _gather(network: Network, mesh: Mesh, params: Params) -> Params:
   return jax.tree.map(place, params, network.axes())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _sample(
-  network: Network,
-  draws: Draws,
-  eos_ids: tuple[int, ...],
-  pad_id: int,
-  weights: Params,
-  banned: Bool[Array, " V"],
-  prompts: Prompts,
-  limits: Int[Array, "Q G"] | None,
-  key: Key[Array, ""],
-) -> Rollout:
-  questions = prompts.prompt_ids.shape[0]
-  group, longest = draws.num_completions, draws.max_completion_length
-  rows = (questions, group)
-  keys = draw_keys(key, prompts.question_id, group)
-  head = network.head(weights)
+class _Decoding:
+  """One rollout under way: which row is whose, and what goes on in its place.
 
-  def choose(
-    hidden: Float[Array, "Q G D"], column: Int[Array, ""]
-  ) -> tuple[Array, Array]:
-    logits = token_logits(
-      hidden, head, temperature=draws.temperature or 1.0, banned=banned
+  Blocks are admitted while questions wait; when none does and few rows are
+  left, those go on in fewer blocks. The host hears of the rows only then.
+  """
+
+  def __init__(
+    self,
+    sampler: Sampler,
+    weights: Params,
+    questions: Sequence[Question],
+    key: Key[Array, ""],
+    draws: Draws,
+    limits: Int[np.ndarray, "Q G"],
+  ):
+    self._sampler, self._weights, self._key = sampler, weights, key
+    self._questions, self._limits = questions, limits
+    shards = sharding.data_shards(sampler.mesh)
+    self._program = Program(
+      network=sampler.network,
+      draws=draws,
+      eos_ids=sampler.eos_ids,
+      pad_id=sampler.pad_id,
+      shards=shards,
     )
-    return draw(
-      logits,
-      keys,
-      column,
-      greedy=draws.temperature == 0,
-      top_k=draws.top_k,
-      top_p=draws.top_p,
+    self._shards = shards // jax.process_count()  # of this host
+    each, group = len(questions) // self._shards, draws.num_completions
+    at_once = sampler.slots // (shards * group) if sampler.slots else each
+    at_once = min(max(at_once, 1), each)
+    self._fresh = max(at_once // _SHRINK, 1)  # blocks admitted at a time
+    self._each = each
+    self._shape = (at_once, group)  # blocks of a data shard, slots
+    self._ladder = list(_ladder(each, self._shape))
+    self._capacities = sharding.agree_max(
+      needed(questions, lanes=len(questions), layout=sampler.layout)
+    )
+    length = draws.max_completion_length
+    rows = (len(questions), group)
+    self._rollout = Rollout(
+      completion_ids=np.full((*rows, length), sampler.pad_id, np.int32),
+      completion_mask=np.zeros((*rows, length), bool),
+      truncated=np.ones(rows, bool),
+      sampler_logprobs=np.zeros((*rows, length), np.float32),
+    )
+    # The question of each block, of this host's, and the completion of each
+    # slot; -1: nobody's.
+    self._owner = np.full((self._shards, at_once), -1)
+    self._member = np.tile(np.arange(group), (self._shards, at_once, 1))
+    self._waiting = 0  # first question of a shard that was not admitted
+    with sharding.use(sampler.mesh):
+      self._decode_weights = programs.unstack(sampler.network, weights)
+      self._clock = jnp.int32(0)
+      blocks = np.tile(np.arange(at_once), (self._shards, 1))
+      self._slots = self._prefill(blocks)
+      self._caches = programs.empty_caches(
+        self._program, (at_once * shards, group)
+      )
+      self._decode()
+
+  def finish(self) -> Rollout:
+    """Decodes to the end."""
+    with sharding.use(self._sampler.mesh):
+      while True:
+        ended = self._split(sharding.to_host(self._slots.ended))
+        self._collect(ended)
+        left = (~ended).sum((1, 2)).max()
+        if self._waiting < self._each:
+          self._admit(ended)
+        elif int(sharding.agree_max(left)) == 0:
+          return self._rollout
+        else:
+          self._regroup(ended)
+        self._decode()
+
+  def _split(self, x: np.ndarray) -> np.ndarray:
+    """[B ...] -> [S B/S ...] of this host."""
+    return x.reshape(self._shards, -1, *x.shape[1:])
+
+  def _decode(self) -> None:
+    """Until there is room to admit, or few enough are left for fewer blocks."""
+    if self._waiting < self._each:
+      width, enough = self._shape[1], self._shape[0] - self._fresh
+    else:
+      enough, width = self._ladder[0] if self._ladder else (0, 1)
+    self._slots, self._caches, self._clock = programs.decode(
+      self._program,
+      self._each,
+      self._decode_weights,
+      self._sampler.banned,
+      self._slots,
+      self._caches,
+      self._clock,
+      jnp.int32(width),
+      jnp.int32(enough),
     )
 
-  def write(
-    state: dict[str, Any], ids: Array, logprobs: Array
-  ) -> dict[str, Any]:
-    """Puts the tokens of column `state["column"]`; ended rows get padding."""
-    at = (0, 0, state["column"])
-    live = ~state["ended"]
+  def _place(self, x: np.ndarray) -> Array:
+    """[S b ...] of this host as a global array [B ...]."""
+    return sharding.place(self._sampler.mesh, x.reshape(-1, *x.shape[2:]))
 
-    def put(buffer: Array, value: Array) -> Array:
-      column = value[..., None].astype(buffer.dtype)
-      return jax.lax.dynamic_update_slice(buffer, column, at)
-
-    said_all = live & jnp.isin(ids, jnp.asarray(eos_ids, jnp.int32))
-    ended = state["ended"] | said_all
-    if limits is not None:
-      ended |= state["column"] + 1 >= limits
-    return state | {
-      "ids": put(state["ids"], jnp.where(live, ids, pad_id)),
-      "mask": put(state["mask"], live),
-      "logprobs": put(state["logprobs"], jnp.where(live, logprobs, 0.0)),
-      "ended": ended,
-      "truncated": state["truncated"] & ~said_all,
-      "last": ids,
-      "column": state["column"] + 1,
-    }
-
-  features = (
-    None if prompts.vision is None else network.encode(weights, prompts.vision)
-  )
-  embeds = network.embed(
-    weights, prompts.prompt_ids, prompts.vision_index, features
-  )
-  hidden, prompt_cache = network.prefill(
-    weights, embeds, prompts.position_ids, prompts.prompt_mask
-  )
-  last = prompts.prompt_mask.sum(-1) - 1
-  following = (
-    jnp.take_along_axis(prompts.position_ids, last[None, :, None], axis=2) + 1
-  )  # [3 Q 1]
-  decode_weights = network.unstack(weights)
-
-  def step(state: dict[str, Any]) -> dict[str, Any]:
-    column = state["column"] - 1  # of the token that is fed
-    hidden, cache = network.decode(
-      decode_weights,
-      state["last"],
-      jnp.broadcast_to(following + column, (3, *rows)),
-      prompt_cache,
-      prompts.prompt_mask,
-      state["cache"],
-      column,
+  def _prefill(self, blocks: Int[np.ndarray, "S b"]) -> programs.Slots:
+    """Reads the questions that wait next into these blocks."""
+    start, count = self._waiting, blocks.shape[1]
+    own = np.minimum(start + np.arange(count), self._each - 1)
+    there = start + np.arange(count) < self._each
+    index = np.arange(self._shards)[:, None] * self._each + own  # [S b]
+    np.put_along_axis(self._owner, blocks, np.where(there, index, -1), axis=1)
+    self._waiting += count
+    flat = index.reshape(-1)
+    limits = np.where(there[:, None], self._limits[index], 0)
+    prompts: Prompts = collate(
+      [self._questions[q] for q in flat],
+      lanes=len(flat),
+      layout=self._sampler.layout,
+      prompt_length=int(self._capacities[0]),
+      patches=int(self._capacities[1]),
     )
-    ids, logprobs = choose(hidden, state["column"])
-    return write(state | {"cache": cache}, ids, logprobs)
+    return programs.prefill(
+      self._program,
+      self._weights,
+      self._sampler.banned,
+      sharding.place(self._sampler.mesh, prompts),
+      self._place(np.tile(own.astype(np.int32), (self._shards, 1))),
+      self._place(limits.astype(np.int32)),
+      self._key,
+      self._clock,
+    )
 
-  state = {
-    "ids": jnp.full((*rows, longest), pad_id, jnp.int32),
-    "mask": jnp.zeros((*rows, longest), bool),
-    "logprobs": jnp.zeros((*rows, longest), jnp.float32),
-    "ended": jnp.zeros(rows, bool),
-    "truncated": jnp.ones(rows, bool),
-    "last": jnp.zeros(rows, jnp.int32),
-    "column": jnp.int32(0),
-    "cache": network.init_cache(questions, group, longest),
-  }
-  first = jnp.broadcast_to(hidden[:, None], (*rows, hidden.shape[-1]))
-  state = write(state, *choose(first, state["column"]))
-  state = jax.lax.while_loop(
-    lambda s: (s["column"] < longest) & ~jnp.all(s["ended"]), step, state
-  )
-  return Rollout(
-    completion_ids=state["ids"],
-    completion_mask=state["mask"],
-    truncated=state["truncated"],
-    sampler_logprobs=state["logprobs"],
-  )
+  def _admit(self, ended: np.ndarray) -> None:
+    """Fresh questions take the place of blocks that have ended."""
+    order = np.argsort(~ended.all(-1), axis=1, kind="stable")
+    blocks = order[:, : self._fresh].astype(np.int32)
+    fresh = self._prefill(blocks)
+    self._slots = programs.admit(
+      self._program, self._slots, self._place(blocks), fresh
+    )
+
+  def _regroup(self, ended: np.ndarray) -> None:
+    """The rows that are left go on in the smallest shape that holds them."""
+    live = ~ended
+    shape = self._shape
+    while self._ladder and self._needs(live, self._ladder[0]):
+      shape = self._ladder.pop(0)
+    blocks = np.zeros((self._shards, shape[0]), np.int32)
+    rows = np.full((self._shards, *shape), -1, np.int32)
+    owner = np.full((self._shards, shape[0]), -1)
+    member = np.full((self._shards, *shape), -1)
+    for s in range(self._shards):
+      at = 0
+      for question in np.unique(self._owner[s][live[s].any(-1)]):
+        mine = live[s] & (self._owner[s] == question)[:, None]
+        for part in _chunks(np.flatnonzero(mine), shape[1]):
+          block, slot = np.divmod(part, live.shape[2])
+          blocks[s, at], owner[s, at] = block[0], question
+          rows[s, at, : part.size] = part
+          member[s, at, : part.size] = self._member[s, block, slot]
+          at += 1
+    self._shape, self._owner, self._member = shape, owner, member
+    self._slots, self._caches = programs.regroup(
+      self._program,
+      self._slots,
+      self._caches,
+      self._place(blocks),
+      self._place(rows),
+    )
+
+  def _needs(self, live: np.ndarray, shape: tuple[int, int]) -> bool:
+    """Whether the live rows fit in a shape, on all hosts."""
+    most = 0
+    for s in range(self._shards):
+      counts = np.bincount(
+        np.maximum(self._owner[s], 0), weights=live[s].sum(-1)
+      )
+      most = max(most, int(np.ceil(counts / shape[1]).sum()))
+    return int(sharding.agree_max(most)) <= shape[0]
+
+  def _collect(self, ended: np.ndarray) -> None:
+    """Takes down what ended rows said."""
+    slots = self._slots
+    own = self._owner[:, :, None]
+    done = ended & (own >= 0) & (self._member >= 0)
+    if not done.any():
+      return
+    member = self._member[done]
+    question = np.broadcast_to(own, ended.shape)[done]
+    lengths, truncated, begun, ids, logprobs = (
+      self._split(sharding.to_host(x))
+      for x in (
+        *(slots.lengths, slots.truncated, slots.begun),
+        *(slots.ids, slots.logprobs),
+      )
+    )
+    size = ids.shape[-1]
+    turn = np.broadcast_to(begun[:, :, None], ended.shape)[done]
+    ring = (turn[:, None] + np.arange(size)) % size
+    said = np.arange(size) < lengths[done][:, None]
+    out, at = self._rollout, (question, member)
+    out.completion_mask[at] = said
+    out.truncated[at] = truncated[done]
+    for whole, part in (
+      (out.completion_ids, ids),
+      (out.sampler_logprobs, logprobs),
+    ):
+      turned = np.take_along_axis(part[done], ring, axis=1)
+      whole[at] = np.where(said, turned, whole[at])
+
+
+def _ladder(
+  questions: int, shape: tuple[int, int]
+) -> Iterator[tuple[int, int]]:
+  """Shapes (blocks, slots) of ever fewer rows of a data shard."""
+  rows = shape[0] * shape[1]
+  while rows > _FEWEST[jax.default_backend()]:
+    rows = -(-rows // _SHRINK)
+    width = max(rows // questions, 1)
+    yield -(-rows // width), width
+
+
+def _chunks(x: np.ndarray, size: int) -> Iterator[np.ndarray]:
+  return (x[i : i + size] for i in range(0, len(x), size))

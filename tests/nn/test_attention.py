@@ -38,7 +38,11 @@ def test_a_group_attends_as_its_rows_would_alone(draw):
   completion = KVCache(keys=draw(Q, G, C, K, H), values=draw(Q, G, C, K, H))
   prompt_mask = np.arange(P) < np.array([[5], [2]])
   got = attend_group(
-    query, prompt, prompt_mask, completion, np.arange(C) < written
+    query,
+    prompt,
+    prompt_mask,
+    completion,
+    np.tile(np.arange(C) < written, (Q, 1)),
   )
   for q in range(Q):
     for g in range(G):
@@ -83,6 +87,7 @@ def test_decoding_column_by_column_equals_one_pass(draw, qk_norm_eps):
       prompt,
       np.ones((B, start), bool),
       own,
+      np.tile(np.arange(T - start) <= column, (B, 1)),
       column,
     )
     np.testing.assert_allclose(got, expected[:, here], rtol=0, atol=1e-5)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxvlm.models import Network
+from jaxvlm.rollout import sampler as sampler_module
 from jaxvlm.rollout.sampler import Draws, Sampler
 from jaxvlm.types import Example, Question
 
@@ -17,8 +18,8 @@ from jaxvlm.types import Example, Question
 
 @pytest.fixture(scope="module")
 def sample(make_sampler, place_params, params, draws):
-  def run(mesh, questions, key=0, limits=None, **changes):
-    sampler = make_sampler(mesh)
+  def run(mesh, questions, key=0, limits=None, slots=0, **changes):
+    sampler = make_sampler(mesh, slots=slots)
     weights = sampler.weights(place_params(params, mesh))
     return sampler.sample(
       weights,
@@ -100,6 +101,29 @@ def test_the_mesh_does_not_matter(sample, make_mesh, questions, rollout, sizes):
   assert_same_completions(sample(make_mesh(*sizes), questions), rollout)
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("slots", [3, 12, 1000])
+def test_neither_slots_nor_the_order_of_refill_matter(
+  sample, make_mesh, questions, rollout, sizes, slots, monkeypatch
+):
+  """With 3 or 12 slots questions wait; in the end few rows are left."""
+  monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
+  found = sample(make_mesh(*sizes), questions, slots=slots)
+  assert_same_completions(found, rollout)
+
+
+def test_limits_hold_through_refill_and_regrouping(
+  sample, mesh, questions, monkeypatch
+):
+  monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
+  limits = np.random.default_rng(0).integers(1, 9, (8, 3)).astype(np.int32)
+  limits[[2, 5]] = 1  # whole questions that end at once
+  expected = sample(mesh, questions, limits=limits)
+  assert (expected.completion_mask.sum(-1) <= limits).all()
+  found = sample(mesh, questions, limits=limits, slots=6)
+  assert_same_completions(found, expected)
+
+
 def test_weights_are_cast_and_gathered_over_fsdp_alone(
   network, make_mesh, params, place_params, banned, layout
 ):
@@ -151,7 +175,7 @@ class Chain(Network):
     return params
 
   def decode(
-    self, params, ids, position_ids, prompt_cache, mask, cache, column
+    self, params, ids, position_ids, prompt_cache, mask, cache, written, column
   ):
     jax.debug.callback(
       lambda *fed: FED.append(jax.device_get(fed)), ids, position_ids, column
@@ -169,7 +193,7 @@ FED = []  # (ids, position_ids, column) of every decode step
 def chain(network, mesh, layout):
   """chain(table, starts, **draws): a rollout from prompts of two tokens."""
 
-  def run(table, starts, **changes):
+  def run(table, starts, slots=0, limits=None, **changes):
     FED.clear()
     sampler = Sampler(
       network=Chain(
@@ -183,6 +207,7 @@ def chain(network, mesh, layout):
       pad_id=PAD,
       banned=np.arange(VOCAB) == BANNED,
       layout=layout,
+      slots=slots,
     )
     draws = {
       "num_completions": 2,
@@ -196,6 +221,7 @@ def chain(network, mesh, layout):
       [question(i, start) for i, start in enumerate(starts)],
       key=jax.random.key(0),
       draws=Draws(**draws | changes),
+      limits=limits,
     )
     jax.effects_barrier()
     return rollout
@@ -244,6 +270,38 @@ def test_decoding_stops_with_the_last_completion(chain):
   assert len(FED) == 3  # the fourth token is drawn and ends the batch
   chain(table_of([2, 3, 4, 5, 2]), [2, 4])
   assert len(FED) == 5  # 6 tokens, the first of which is the prefill's
+
+
+def test_ended_rows_stop_costing(chain, monkeypatch):
+  """Rows of four questions are fed while they are many, then those left."""
+  monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
+  limits = np.array([[2, 2, 2, 2], [2, 2, 3, 2], [2, 2, 2, 4], [6, 2, 2, 5]])
+  rollout = chain(
+    table_of([2, 3, 4, 5, 2]),
+    [2, 3, 4, 2],
+    num_completions=4,
+    limits=limits.astype(np.int32),
+  )
+  np.testing.assert_array_equal(rollout.completion_mask.sum(-1), limits)
+  assert [ids.shape for ids, *_ in FED] == [(4, 4), *[(4, 1)] * 3, (1, 1)]
+
+
+def test_a_question_that_waits_takes_the_place_of_one_that_ended(chain):
+  """Two blocks for four questions, the first of which ends first."""
+  limits = np.array([[2, 2], [6, 6], [3, 3], [2, 2]], np.int32)
+  rollout = chain(
+    table_of([2, 3, 4, 5, 2]), [2, 3, 4, 2], slots=4, limits=limits
+  )
+  np.testing.assert_array_equal(rollout.completion_mask.sum(-1), limits)
+  path = [3, 4, 5, 2] * 2
+  for q, row in enumerate(rollout.completion_ids):
+    start = q % 3
+    expected = np.array(path[start : start + 6])
+    expected[limits[q, 0] :] = PAD
+    np.testing.assert_array_equal(row, [expected] * 2)
+  # Question 1's five steps hide the one of 0, the two of 2 and the one of 3.
+  assert len(FED) == 5
+  assert all(ids.shape == (2, 2) for ids, *_ in FED)
 
 
 def test_each_step_feeds_the_token_and_the_position_that_follow(chain):

@@ -1,0 +1,307 @@
+"""The sampler's programs: prefill, decode until enough rows ended, regroup.
+
+Completions decode in B blocks of W slots; those of a block answer one question
+and read one copy of its prompt. All write the same column of a ring of C
+columns, whenever they began, so that no write is a scatter.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxvlm.models import Network
+from jaxvlm.nn.kv_cache import KVCache
+from jaxvlm.rl.logprobs import token_logits
+from jaxvlm.rollout.sampling import draw, draw_keys
+from jaxvlm.types import Params, Prompts, record
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draws:
+  """How completions are drawn; compiled into the programs."""
+
+  num_completions: int
+  max_completion_length: int
+  temperature: float  # 0: the most likely token
+  top_k: int  # 0: all
+  top_p: float  # 1: all
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+  """All that is static in sampling."""
+
+  network: Network
+  draws: Draws
+  eos_ids: tuple[int, ...]
+  pad_id: int
+  shards: int  # S, into which the blocks of a batch are split
+
+
+@record
+class Slots:
+  """What decoding changes, and what it reads of the prompts."""
+
+  question: Int[Array, " B"]  # of those of its data shard, from 0
+  begun: Int[Array, " B"]  # clock of the first token
+  following: Int[Array, "3 B"]  # position of the first token
+  prompt_mask: Bool[Array, "B P"]
+  prompts: list[KVCache]  # [B P K H] a layer
+  keys: Key[Array, "B W"]
+  limits: Int[Array, "B W"]  # tokens that a completion may have
+  ended: Bool[Array, "B W"]
+  truncated: Bool[Array, "B W"]  # so far no EOS
+  lengths: Int[Array, "B W"]  # tokens so far
+  last: Int[Array, "B W"]  # id
+  ids: Int[Array, "B W C"]  # a ring: the first token at begun % C
+  logprobs: Float[Array, "B W C"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def unstack(network: Network, weights: Params) -> Params:
+  """Weights as `decode` reads them: each layer's cut out once."""
+  return network.unstack(weights)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(
+  program: Program,
+  weights: Params,
+  banned: Bool[Array, " V"],
+  prompts: Prompts,
+  question: Int[Array, " B"],
+  limits: Int[Array, "B W"],
+  key: Key[Array, ""],
+  clock: Int[Array, ""],
+) -> Slots:
+  """Reads B prompts once and draws the first token of W completions of each."""
+  network, draws = program.network, program.draws
+  features = (
+    None if prompts.vision is None else network.encode(weights, prompts.vision)
+  )
+  embeds = network.embed(
+    weights, prompts.prompt_ids, prompts.vision_index, features
+  )
+  hidden, caches = network.prefill(
+    weights, embeds, prompts.position_ids, prompts.prompt_mask
+  )
+  last = prompts.prompt_mask.sum(-1) - 1
+  following = jnp.take_along_axis(
+    prompts.position_ids, last[None, :, None], axis=2
+  )
+  rows = limits.shape
+  columns = (*rows, draws.max_completion_length)
+  slots = Slots(
+    question=question,
+    begun=jnp.broadcast_to(clock, question.shape),
+    following=following[..., 0] + 1,
+    prompt_mask=prompts.prompt_mask,
+    prompts=caches,
+    keys=draw_keys(key, prompts.question_id, rows[1]),
+    limits=limits,
+    ended=jnp.zeros(rows, bool),
+    truncated=jnp.ones(rows, bool),
+    lengths=jnp.zeros(rows, jnp.int32),
+    last=jnp.zeros(rows, jnp.int32),
+    ids=jnp.full(columns, program.pad_id, jnp.int32),
+    logprobs=jnp.zeros(columns, jnp.float32),
+  )
+  first = jnp.broadcast_to(hidden[:, None], (*rows, hidden.shape[-1]))
+  return _write(program, slots, network.head(weights), banned, first, clock)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def empty_caches(program: Program, shape: tuple[int, int]) -> list[KVCache]:
+  """Buffers for the completions of B blocks of W slots, [B W C K H] a layer."""
+  length = program.draws.max_completion_length
+  return program.network.init_cache(*shape, length)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
+def decode(
+  program: Program,
+  questions: int,
+  weights: Params,
+  banned: Bool[Array, " V"],
+  slots: Slots,
+  caches: list[KVCache],
+  clock: Int[Array, ""],
+  width: Int[Array, ""],
+  enough: Int[Array, ""],
+) -> tuple[Slots, list[KVCache], Int[Array, ""]]:
+  """Decodes until the live rows fit in fewer blocks, or none is left.
+
+  Args:
+    program: what is static.
+    questions: of a data shard, in all.
+    weights: of `unstack`.
+    banned: ids that cannot be drawn.
+    slots: donated.
+    caches: K and V of the completions; donated.
+    clock: of the token that is fed next.
+    width: slots of the blocks that one would like to go on with.
+    enough: how many such blocks a data shard would have.
+
+  Returns:
+    The slots, caches and clock to go on with.
+  """
+  network = program.network
+  head = network.head(weights)
+  length = program.draws.max_completion_length
+  owner = slots.question.reshape(program.shards, -1, 1) == jnp.broadcast_to(
+    jnp.arange(questions), (program.shards, 1, questions)
+  )
+
+  def go_on(state: Any) -> Bool[Array, ""]:
+    live = (~state[0].ended).sum(-1).reshape(program.shards, -1, 1)
+    counts = jnp.where(owner, live, 0).sum(1)  # of each question
+    blocks = (-(-counts // width)).sum(-1).max()
+    return blocks > enough
+
+  def step(state: Any) -> Any:
+    slots, caches, clock = state
+    age = clock - slots.begun  # tokens before the one that is fed
+    columns = jnp.arange(length)[None]
+    written = jnp.broadcast_to((clock - columns) % length, (age.size, length))
+    position = (slots.following + age[None])[:, :, None]
+    hidden, caches = network.decode(
+      weights,
+      slots.last,
+      jnp.broadcast_to(position, (3, *slots.last.shape)),
+      slots.prompts,
+      slots.prompt_mask,
+      caches,
+      written <= age[:, None],
+      clock % length,
+    )
+    clock += 1
+    slots = _write(program, slots, head, banned, hidden, clock)
+    return slots, caches, clock
+
+  return jax.lax.while_loop(go_on, step, (slots, caches, clock))
+
+
+def _write(
+  program: Program,
+  slots: Slots,
+  head: Float[Array, "D V"],
+  banned: Bool[Array, " V"],
+  hidden: Float[Array, "B W D"],
+  clock: Int[Array, ""],
+) -> Slots:
+  """Draws a token of each row and puts it in its column; ended rows get none."""
+  draws = program.draws
+  logits = token_logits(
+    hidden, head, temperature=draws.temperature or 1.0, banned=banned
+  )
+  ids, logprobs = draw(
+    logits,
+    slots.keys,
+    clock - slots.begun,
+    greedy=draws.temperature == 0,
+    top_k=draws.top_k,
+    top_p=draws.top_p,
+  )
+  live = ~slots.ended
+  column = clock % draws.max_completion_length
+
+  def put(buffer: Array, value: Array) -> Array:
+    """Where a row has ended its ring may turn; what it holds must stay."""
+    old = jax.lax.dynamic_index_in_dim(buffer, column, axis=2, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(
+      buffer, jnp.where(live, value, old), column, axis=2
+    )
+
+  said_all = live & jnp.isin(ids, jnp.asarray(program.eos_ids, jnp.int32))
+  lengths = slots.lengths + live
+  return dataclasses.replace(
+    slots,
+    ended=slots.ended | said_all | (lengths >= slots.limits),
+    truncated=slots.truncated & ~said_all,
+    lengths=lengths,
+    last=ids,
+    ids=put(slots.ids, ids),
+    logprobs=put(slots.logprobs, logprobs),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def regroup(
+  program: Program,
+  slots: Slots,
+  caches: list[KVCache],
+  blocks: Int[Array, " b"],
+  rows: Int[Array, "b w"],
+) -> tuple[Slots, list[KVCache]]:
+  """The rows that go on, in fewer blocks.
+
+  Args:
+    program: what is static.
+    slots: B blocks of W.
+    caches: of their completions.
+    blocks: for each new block one of its data shard's old ones, of the same
+      question.
+    rows: for each new slot an old row b W + w of its data shard; -1: none.
+  """
+
+  def split(x: Array) -> Array:
+    return x.reshape(program.shards, -1, *x.shape[1:])
+
+  def of_blocks(x: Array) -> Array:
+    found = jax.vmap(lambda x, i: x[i])(split(x), split(blocks))
+    return found.reshape(-1, *x.shape[1:])
+
+  def of_rows(x: Array) -> Array:
+    flat = x.reshape(-1, *x.shape[2:])
+    found = jax.vmap(lambda x, i: x[i])(split(flat), split(rows))
+    return found.reshape(*rows.shape, *x.shape[2:])
+
+  taken = jax.tree.map(of_rows, (slots.keys, slots.limits, caches))
+  return dataclasses.replace(
+    slots,
+    question=of_blocks(slots.question),
+    begun=of_blocks(slots.begun),
+    following=of_blocks(slots.following.T).T,
+    prompt_mask=of_blocks(slots.prompt_mask),
+    prompts=jax.tree.map(of_blocks, slots.prompts),
+    keys=taken[0],
+    limits=taken[1],
+    ended=of_rows(slots.ended) | (rows < 0),
+    truncated=of_rows(slots.truncated),
+    lengths=of_rows(slots.lengths),
+    last=of_rows(slots.last),
+    ids=of_rows(slots.ids),
+    logprobs=of_rows(slots.logprobs),
+  ), taken[2]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def admit(
+  program: Program, slots: Slots, blocks: Int[Array, " b"], fresh: Slots
+) -> Slots:
+  """Puts fresh blocks in the place of ended ones of their data shard.
+
+  Args:
+    program: what is static.
+    slots: donated.
+    blocks: for each fresh block the place, within its data shard, that it takes.
+    fresh: of `prefill`, begun at the clock of `slots`.
+  """
+
+  def split(x: Array) -> Array:
+    return x.reshape(program.shards, -1, *x.shape[1:])
+
+  def put(old: Array, new: Array) -> Array:
+    found = jax.vmap(lambda x, i, y: x.at[i].set(y))(
+      split(old), split(blocks), split(new)
+    )
+    return found.reshape(old.shape)
+
+  fresh = dataclasses.replace(fresh, following=fresh.following.T)
+  slots = dataclasses.replace(slots, following=slots.following.T)
+  slots = jax.tree.map(put, slots, fresh)
+  return dataclasses.replace(slots, following=slots.following.T)
