@@ -12,6 +12,9 @@ def base(**overrides: object) -> ConfigDict:
     {
       "seed": 0,
       "workdir": "runs/jaxvlm",
+      # Compiled programs, for later starts; "": none are kept. The environment's
+      # JAX_COMPILATION_CACHE_DIR comes first.
+      "compilation_cache": "~/.cache/jaxvlm",
       # Devices along each mesh axis; -1 takes what the others leave.
       "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
       "model": {
@@ -20,7 +23,9 @@ def base(**overrides: object) -> ConfigDict:
         "scratch": None,
         "dtype": "float32",  # of activations
         "param_dtype": "float32",  # of weights
-        "remat": "none",  # none | full: recompute layers in the backward pass
+        # none | dots | full: the backward pass computes again nothing, all but
+        # products with weights, all but what passes between layers.
+        "remat": "none",
       },
       "inputs": {
         "max_prompt_length": 2048,  # tokens; longer rows are dropped, counted
@@ -30,6 +35,9 @@ def base(**overrides: object) -> ConfigDict:
         "prompt_suffix": "",  # ends every user turn
         "system_prompt": placeholder(str),  # None: as the chat template has it
       },
+      # Completions that decode at once, over all devices, while other questions
+      # wait; 0: all of a rollout.
+      "sampler": {"slots": 0},
       "rewards": {"num_workers": 2, "timeout": 10.0},  # processes, seconds
       "limits": {
         "skipped_updates": 5,  # updates with a non-finite gradient, in a stage

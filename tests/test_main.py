@@ -138,7 +138,7 @@ def refused(launch, tmp_path):
     (["model.dtype=float"], "model.dtype: got 'float'; expected float32 or"),
     (
       ["model.remat=half"],
-      "model.remat: got 'half'; expected none or full.",
+      "model.remat: got 'half'; expected one of none, dots, full.",
     ),
     ([f"{DATA}=/no/rows.parquet"], "no such file '/no/rows.parquet'"),
     (

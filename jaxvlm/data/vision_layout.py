@@ -61,15 +61,15 @@ class PatchPlaces(NamedTuple):
 
 
 def capacity(n: int, minimum: int = 1) -> int:
-  """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... that holds n and minimum.
+  """The smallest of 1, 2, 3, 4, 6, 8, ..., 256, 320, ... that holds both.
 
-  Two sizes an octave: at most a third of a buffer is padding (above the
-  minimum), and a run compiles few programs.
+  Two sizes an octave, and four above 256: a short buffer is compiled for few
+  sizes, and little of a long one is padding.
   """
   need = max(n, minimum, 1)
   power = 1 << (need - 1).bit_length()
-  between = 3 * power // 4
-  return between if between >= need and power > 2 else power
+  step = max(power // (8 if power > 256 else 4), 1)
+  return -(-need // step) * step
 
 
 def mrope_positions(

@@ -20,7 +20,7 @@ from jaxvlm.sharding import constrain
 from jaxvlm.types import Params, Vision
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-REMAT = ("none", "full")
+REMAT = ("none", "dots", "full")
 
 
 def find_family(model_type: str | None) -> ModuleType:
@@ -64,7 +64,8 @@ class Network:
     config: the family's Config.
     dtype: of activations; norms, softmax and rope angles stay float32.
     param_dtype: of weights.
-    remat: "none", or "full" to keep only what passes between layers.
+    remat: what the backward pass computes again: "none", all but products
+      with weights ("dots"), or all but what passes between layers ("full").
   """
 
   config: Any
@@ -235,9 +236,21 @@ class Network:
     prompt_cache: list[KVCache],
     prompt_mask: Bool[Array, "Q P"],
     completion_cache: list[KVCache],
+    written: Bool[Array, "Q C"],
     column: Int[Array, ""],
   ) -> tuple[Float[Array, "Q G D"], list[KVCache]]:
     """Feeds one token of every completion; all write the same column.
+
+    Args:
+      decode_params: of `unstack`.
+      ids: of the tokens.
+      position_ids: theirs.
+      prompt_cache: of `prefill`.
+      prompt_mask: likewise.
+      completion_cache: of `init_cache`.
+      written: columns that hold tokens of the question's completions, that of
+        these ones too.
+      column: where they go.
 
     Returns:
       hidden states after the last norm, and the caches with the column filled.
@@ -245,7 +258,13 @@ class Network:
     decoder = _merge(self._decode_skeleton, decode_params["language_model"])
     x = self._embed_tokens(decode_params, ids)
     return decoder.decode(
-      x, position_ids, prompt_cache, prompt_mask, completion_cache, column
+      x,
+      position_ids,
+      prompt_cache,
+      prompt_mask,
+      completion_cache,
+      written,
+      column,
     )
 
   @functools.cached_property

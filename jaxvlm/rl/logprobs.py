@@ -159,9 +159,11 @@ def _backward(
     # A banned logit is a constant, also where it is padding's target.
     found = banned_logits(found, banned, 0.0) / temperature
     found = found.astype(hidden.dtype)
-    rows = tuple(range(hidden.ndim - 1))
-    total += jnp.tensordot(
-      hidden, found, axes=(rows, rows), preferred_element_type=jnp.float32
+    total += jnp.einsum(
+      "nd,nv->dv",
+      hidden.reshape(-1, hidden.shape[-1]),
+      found.reshape(-1, found.shape[-1]),
+      preferred_element_type=jnp.float32,
     )
     return total, jnp.einsum(
       "...v,dv->...d",

@@ -38,10 +38,13 @@ def random_grids(rng, count):
   return [[1, *(2 * rng.integers(1, 12, 2)).tolist()] for _ in range(count)]
 
 
-def test_capacities_are_two_an_octave_and_hold_what_they_must():
-  ladder = sorted({vision_layout.capacity(n) for n in range(1, 100)})
-  assert ladder == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
-  assert all(vision_layout.capacity(n) >= n for n in range(200))
+def test_capacities_are_few_and_hold_what_they_must():
+  ladder = sorted({vision_layout.capacity(n) for n in range(1, 900)})
+  assert ladder == [
+    *(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256),
+    *(320, 384, 448, 512, 640, 768, 896, 1024),
+  ]
+  assert all(vision_layout.capacity(n) >= n for n in range(2000))
   assert vision_layout.capacity(5, 16) == 16
   assert vision_layout.capacity(0) == 1
 

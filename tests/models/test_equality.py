@@ -200,7 +200,9 @@ def test_greedy_tokens_equal_generate(
     def step(state, column):
       ids, position, cache = state
       hidden, cache = network.decode(
-        weights, ids, position, prompt_cache, prompts.prompt_mask, cache, column
+        *(weights, ids, position, prompt_cache, prompts.prompt_mask, cache),
+        jnp.broadcast_to(jnp.arange(new) <= column, (rows, new)),
+        column,
       )
       return (choose(hidden), position + 1, cache), ids
 

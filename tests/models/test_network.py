@@ -225,6 +225,9 @@ def test_decoding_equals_the_forward_pass(
         prompt_cache,
         prompts.prompt_mask,
         cache,
+        jnp.broadcast_to(
+          jnp.arange(length) <= column, (len(questions), length)
+        ),
         column,
       )
       return cache, hidden
