@@ -110,6 +110,8 @@ def tiny() -> ConfigDict:
   config = common.base(
     workdir="runs/staged", schedule=("warm_start", *CAPABILITIES)
   )
+  # Memory is what two cores wait for: keep little, and few rows at a time.
+  config.model.remat = "dots"
   config.model.scratch = {
     "model_type": "qwen2_5_vl",
     "text_config": {
@@ -194,7 +196,7 @@ def tiny() -> ConfigDict:
     rollout_questions=64,
     update_questions=64,
     updates_per_rollout=1,
-    microbatches=1,
+    microbatches=8,
     max_completion_length=18,
     learning_rate=1e-2,
     lr_schedule="cosine",
@@ -214,7 +216,7 @@ def tiny() -> ConfigDict:
       rollout_questions=96,
       update_questions=48,
       updates_per_rollout=1,
-      microbatches=1,
+      microbatches=8,
       num_completions=8,
       max_completion_length=18,
       surrogate=presets.clip(0.2, 0.28, 3.0),

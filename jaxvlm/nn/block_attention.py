@@ -87,7 +87,8 @@ def of_segments(segments: Int[Array, "B T"]) -> Visibility:
 
 
 def _visibility(tokens: Tokens) -> Visibility:
-  size = BLOCK[jax.default_backend()]
+  length = tokens.segments.shape[1]
+  size = min(BLOCK[jax.default_backend()], -(-length // 8) * 8)
   tokens = Tokens(
     **{
       name: _blocks(getattr(tokens, name), size, fill)
