@@ -22,7 +22,7 @@ _SHRINK = 4
 # Rows of a data shard that cost as much as one would.
 _FEWEST = {"cpu": 8, "gpu": 64, "tpu": 64}
 
-__all__ = ["Draws", "Sampler"]
+__all__ = ["Draws", "Sampler", "ladder"]
 
 
 class Sampler:
@@ -146,7 +146,7 @@ class _Decoding:
     self._fresh = max(at_once // _SHRINK, 1)  # blocks admitted at a time
     self._each = each
     self._shape = (at_once, group)  # blocks of a data shard, slots
-    self._ladder = list(_ladder(each, self._shape))
+    self._ladder = list(ladder(each, self._shape))
     self._capacities = sharding.agree_max(
       needed(questions, lanes=len(questions), layout=sampler.layout)
     )
@@ -321,13 +321,26 @@ class _Decoding:
       whole[at] = np.where(said, turned, whole[at])
 
 
-def _ladder(
-  questions: int, shape: tuple[int, int]
+def ladder(
+  questions: int,
+  shape: tuple[int, int],
+  *,
+  shrink: int = _SHRINK,
+  fewest: int | None = None,
 ) -> Iterator[tuple[int, int]]:
-  """Shapes (blocks, slots) of ever fewer rows of a data shard."""
+  """Shapes (blocks, slots) of ever fewer rows of a data shard.
+
+  Args:
+    questions: of the shard.
+    shape: that it begins with.
+    shrink: how many times fewer rows the next shape has.
+    fewest: rows below which it is not worth another shape; None: the backend's.
+  """
+  if fewest is None:
+    fewest = _FEWEST[jax.default_backend()]
   rows = shape[0] * shape[1]
-  while rows > _FEWEST[jax.default_backend()]:
-    rows = -(-rows // _SHRINK)
+  while rows > fewest:
+    rows = -(-rows // shrink)
     width = max(rows // questions, 1)
     yield -(-rows // width), width
 
