@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvlm import account, checkpoint, curves, models, results
+from jaxvlm import account, checkpoint, compiling, curves, models, results
 from jaxvlm.display import Display
 from jaxvlm.evaluate import Evaluator, HeldOut
 from jaxvlm.job import Job
@@ -253,6 +253,8 @@ class Books:
         f"failed; limits.failed_groups is {limits['failed_groups']}. Mend the "
         "reward named above, or raise rewards.timeout."
       )
+    if too_many := compiling.excess(limits["programs"]):
+      raise Stopped(f"stage {stage.name}: {too_many}")
 
   def finish(self, params: Params, progress: Progress) -> None:
     """Exports the policy, draws the curves and prints the results."""

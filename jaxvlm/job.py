@@ -39,6 +39,7 @@ _LEAST = {
   "sampler.slots": 0,
   "rewards.num_workers": 1,
   "limits.blind_every": 0,
+  "limits.programs": 1,
   "checkpoint.every": 1,
   "checkpoint.keep_last": 1,
   "checkpoint.keep_best": 0,

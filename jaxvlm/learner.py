@@ -1,5 +1,6 @@
 """Train state, the jitted update over microbatches, and logprobs of a tree."""
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxvlm import sharding
+from jaxvlm import compiling, sharding
 from jaxvlm.models import Network
 from jaxvlm.rl import kl, losses, surrogates
 from jaxvlm.rl.logprobs import token_logprobs
@@ -225,7 +226,7 @@ class Learner:
       counted for each group of questions. Where the gradient is not finite the
       state stays and update_skipped is 1.
     """
-    with sharding.use(self._program.mesh):
+    with sharding.use(self._program.mesh), _compiles("update", experience.tree):
       return _update(
         self._program,
         state,
@@ -236,8 +237,20 @@ class Learner:
 
   def logprobs(self, params: Params, tree: Tree) -> Float[Array, "U Q G C"]:
     """Logprobs of a tree's completion tokens [U Q/U ...]; 0 where masked."""
-    with sharding.use(self._program.mesh):
+    with sharding.use(self._program.mesh), _compiles("logprobs", tree):
       return _logprobs(self._program, params, self._banned, tree)
+
+
+def _compiles(name: str, tree: Tree) -> contextlib.AbstractContextManager[None]:
+  microbatches, rows, columns = tree.ids.shape
+  return compiling.program(
+    name,
+    microbatches=microbatches,
+    rows=rows,
+    columns=columns,
+    scored=tree.targets.shape[-1],
+    patches=0 if tree.vision is None else tree.vision.rows.shape[-1],
+  )
 
 
 def _abstract(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:

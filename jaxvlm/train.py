@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxvlm import watch
+from jaxvlm import compiling, watch
 from jaxvlm.batch import Batch, join
 from jaxvlm.books import Books
 from jaxvlm.display import Display
@@ -62,7 +62,7 @@ def run(job: Job, display: Display) -> None:
         display.stage(stage.name, steps=stage.steps, done=progress.step),
       ):
         while progress.step < stage.steps:
-          started = time.monotonic()
+          started, compiled = time.monotonic(), compiling.tally()
           found: list[Batch] = []
           key = step_key(job, stage, progress.step)
           while not enough(stage, waiting, found):
@@ -100,7 +100,8 @@ def run(job: Job, display: Display) -> None:
           ledger.add(**spent)
           progress.ledgers[stage.name] = vars(ledger).copy()
           seconds = time.monotonic() - started
-          timing = timers.take() | watch.speed(batch, spent, seconds)
+          timing = timers.take() | watch.compiled(compiled)
+          timing |= watch.speed(batch, spent, seconds)
           averages = means(metrics)
           books.step(stage, progress, batch, averages, timing)
           books.check_limits(stage, progress, averages, experience)

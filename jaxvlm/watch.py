@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvlm import sharding
+from jaxvlm import compiling, sharding
 from jaxvlm.batch import Batch, membership, named
 from jaxvlm.job import Job
 from jaxvlm.learner import Learner
@@ -154,6 +154,15 @@ def cost(
   totals = sharding.sum_over_hosts(list(counts.values()))
   return dict(zip(counts, totals.tolist(), strict=True)) | {
     "updates": stage.updates_per_rollout
+  }
+
+
+def compiled(before: compiling.Tally) -> dict[str, float]:
+  """Programs and seconds of compiling since then, cached ones too."""
+  now = compiling.tally()
+  return {
+    "compile": now.seconds - before.seconds,
+    "programs": now.programs - before.programs,
   }
 
 

@@ -1,6 +1,9 @@
-"""The cache of compiled programs: where it is, and who decides."""
+"""The cache of compiled programs, and the count of their shapes."""
+
+import collections
 
 import jax
+import numpy as np
 import pytest
 
 from jaxvlm import compiling
@@ -30,3 +33,31 @@ def test_the_environment_comes_first(told, monkeypatch):
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
   compiling.keep("~/programs")
   assert not told
+
+
+@pytest.fixture
+def shapes(monkeypatch):
+  found = collections.defaultdict(list)
+  monkeypatch.setattr(compiling, "_shapes", found)
+  return found
+
+
+def test_programs_are_counted_and_their_seconds():
+  before = compiling.tally()
+  double = jax.jit(lambda x: 2 * x)
+  double(np.ones(3)), double(np.ones(3)), double(np.ones(4))
+  after = compiling.tally()
+  assert after.programs == before.programs + 2
+  assert after.seconds > before.seconds
+
+
+def test_a_program_of_too_many_shapes_is_told_with_the_last_ones(shapes):
+  double = jax.jit(lambda x: 2 * x)
+  for size in (3, 3, 4, 4, 5):
+    with compiling.program("update", columns=size, patches=0):
+      double(np.ones(size))
+  assert shapes["update"] == [f"columns {n}, patches 0" for n in (3, 4, 5)]
+  assert compiling.excess(3) is None
+  told = compiling.excess(2)
+  assert "'update' was compiled for 3 shapes; limits.programs is 2" in told
+  assert "columns 4, patches 0; columns 5, patches 0" in told

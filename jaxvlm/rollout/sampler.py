@@ -1,5 +1,6 @@
 """The sampler: prompts once per question, and ended rows make room."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -9,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
-from jaxvlm import sharding
+from jaxvlm import compiling, sharding
 from jaxvlm.data.vision_layout import Layout, collate, needed
 from jaxvlm.models import Network
 from jaxvlm.rollout import slots as programs
@@ -198,16 +199,28 @@ class _Decoding:
       width, enough = self._shape[1], self._shape[0] - self._fresh
     else:
       enough, width = self._ladder[0] if self._ladder else (0, 1)
-    self._slots, self._caches, self._clock = programs.decode(
-      self._program,
-      self._each,
-      self._decode_weights,
-      self._sampler.banned,
-      self._slots,
-      self._caches,
-      self._clock,
-      jnp.int32(width),
-      jnp.int32(enough),
+    with self._compiles("decode", self._slots.ended.shape):
+      self._slots, self._caches, self._clock = programs.decode(
+        self._program,
+        self._each,
+        self._decode_weights,
+        self._sampler.banned,
+        self._slots,
+        self._caches,
+        self._clock,
+        jnp.int32(width),
+        jnp.int32(enough),
+      )
+
+  def _compiles(
+    self, name: str, shape: tuple[int, ...]
+  ) -> contextlib.AbstractContextManager[None]:
+    return compiling.program(
+      name,
+      blocks=shape[0],
+      slots=shape[1],
+      prompt=int(self._capacities[0]),
+      patches=int(self._capacities[1]),
     )
 
   def _place(self, x: np.ndarray) -> Array:
@@ -231,16 +244,17 @@ class _Decoding:
       prompt_length=int(self._capacities[0]),
       patches=int(self._capacities[1]),
     )
-    return programs.prefill(
-      self._program,
-      self._weights,
-      self._sampler.banned,
-      sharding.place(self._sampler.mesh, prompts),
-      self._place(np.tile(own.astype(np.int32), (self._shards, 1))),
-      self._place(limits.astype(np.int32)),
-      self._key,
-      self._clock,
-    )
+    with self._compiles("prefill", limits.shape[:1] + limits.shape[2:]):
+      return programs.prefill(
+        self._program,
+        self._weights,
+        self._sampler.banned,
+        sharding.place(self._sampler.mesh, prompts),
+        self._place(np.tile(own.astype(np.int32), (self._shards, 1))),
+        self._place(limits.astype(np.int32)),
+        self._key,
+        self._clock,
+      )
 
   def _admit(self, ended: np.ndarray) -> None:
     """Fresh questions take the place of blocks that have ended."""
