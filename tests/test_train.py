@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -381,6 +382,21 @@ def test_updates_that_are_not_finite_are_skipped_until_there_are_too_many(
   with np.load(tmp_path / "not_finite_3.npz") as batch:
     assert f"{tmp_path / 'not_finite_3.npz'}" in line
     assert batch["completion_mask"].shape == (2, 4, 4, 6)
+
+
+def test_a_run_of_too_many_shapes_stops_and_names_them(
+  launch, undisturbed, tmp_path
+):
+  status, _, err = launch(f"workdir={tmp_path}", "limits.programs=1").wait()
+  assert status == 1
+  (line,) = err.strip().splitlines()
+  assert "was compiled for 2 shapes; limits.programs is 1" in line
+  assert re.search(r"The last ones: \w+ \d+, .*; \w+ \d+", line)
+  lines = (undisturbed / "metrics.jsonl").read_text().splitlines()
+  steps = [r for r in map(json.loads, lines) if r["kind"] == "train"]
+  first, last = steps[0]["timing"], steps[-1]["timing"]
+  assert first["programs"] > 0 and first["compile"] > 0
+  assert last["compile"] < first["compile"]
 
 
 def convert(*arguments):

@@ -287,7 +287,7 @@ def pack_vision(
     return np.full(lanes, value, np.int32)
 
   vision = Vision(
-    pixel_values=np.zeros((*lanes, width), np.float32),
+    pixel_values=np.empty((*lanes, width), np.float32),
     rows=filled(0),
     cols=filled(0),
     full_segments=filled(-1),
@@ -296,11 +296,21 @@ def pack_vision(
     place_weight=np.zeros((*lanes, 4), np.float32) if layout.places else None,
   )
   for s, part in enumerate(slices):
+    vision.pixel_values[s, counts[s] :] = 0
     if n := counts[s]:
-      pixels = np.concatenate([q.pixel_values for q in part])
       grids = np.concatenate([q.image_grid_thw for q in part])
       found = patch_places(grids, layout)
-      vision.pixel_values[s, :n] = pixels[found.order]
+      at = 0
+      for question in part:  # one copy of each picture, which are large
+        own = slice(at, at + len(question.pixel_values))
+        np.take(
+          question.pixel_values,
+          found.order[own] - at,
+          axis=0,
+          out=vision.pixel_values[s, own],
+          mode="clip",  # else numpy copies once more
+        )
+        at = own.stop
       for name, places in found._asdict().items():
         if name != "order" and places is not None:
           getattr(vision, name)[s, :n] = places
