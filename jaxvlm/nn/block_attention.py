@@ -40,9 +40,8 @@ class Tokens:
     """Which of the keys each of these queries sees."""
 
     def pair(name: str) -> tuple[Array, Array]:
-      return getattr(self, name)[..., :, None], getattr(keys, name)[
-        ..., None, :
-      ]
+      own, other = getattr(self, name), getattr(keys, name)
+      return own[..., :, None], other[..., None, :]
 
     (segment, own), (branch, other), (rank, above) = map(
       pair, ("segments", "branches", "ranks")
