@@ -116,10 +116,8 @@ def compare(
         slotted(x, cost, slots, refill=name == "refill") for x in batches
       ]
   found["ideal"] = [(ideal(x, cost), 0) for x in batches]
-  return {
-    name: tuple(np.mean(runs, axis=0))  # type: ignore[misc]
-    for name, runs in found.items()
-  }
+  means = {name: np.mean(runs, axis=0) for name, runs in found.items()}
+  return {name: (total, programs) for name, (total, programs) in means.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

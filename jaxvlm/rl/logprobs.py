@@ -86,10 +86,11 @@ def token_logprobs(
     einops.rearrange(targets, "... (n c) -> n ... c", c=chunk),
     banned,
   )
-  return tuple(  # type: ignore[return-value]
+  logprobs, entropy = (
     einops.rearrange(x, "n ... c -> ... (n c)")[..., :width]
     for x in (logprobs, entropy)
   )
+  return logprobs, entropy
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

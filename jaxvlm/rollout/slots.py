@@ -48,7 +48,7 @@ class Slots:
 
   question: Int[Array, " B"]  # of those of its data shard, from 0
   begun: Int[Array, " B"]  # clock of the first token
-  following: Int[Array, "3 B"]  # position of the first token
+  following: Int[Array, "B 3"]  # position of the first token
   prompt_mask: Bool[Array, "B P"]
   prompts: list[KVCache]  # [B P K H] a layer
   keys: Key[Array, "B W"]
@@ -98,7 +98,7 @@ def prefill(
   slots = Slots(
     question=question,
     begun=jnp.broadcast_to(clock, question.shape),
-    following=following[..., 0] + 1,
+    following=following[..., 0].T + 1,
     prompt_mask=prompts.prompt_mask,
     prompts=caches,
     keys=draw_keys(key, prompts.question_id, rows[1]),
@@ -167,7 +167,7 @@ def decode(
     age = clock - slots.begun  # tokens before the one that is fed
     columns = jnp.arange(length)[None]
     written = jnp.broadcast_to((clock - columns) % length, (age.size, length))
-    position = (slots.following + age[None])[:, :, None]
+    position = (slots.following.T + age[None])[:, :, None]
     hidden, caches = network.decode(
       weights,
       slots.last,
@@ -248,35 +248,34 @@ def regroup(
     rows: for each new slot an old row b W + w of its data shard; -1: none.
   """
 
-  def split(x: Array) -> Array:
-    return x.reshape(program.shards, -1, *x.shape[1:])
+  def take(x: Array, places: Array) -> Array:
+    return jax.vmap(lambda x, i: x[i])(
+      _split(program, x), _split(program, places)
+    )
 
   def of_blocks(x: Array) -> Array:
-    found = jax.vmap(lambda x, i: x[i])(split(x), split(blocks))
-    return found.reshape(-1, *x.shape[1:])
+    return take(x, blocks).reshape(-1, *x.shape[1:])
 
   def of_rows(x: Array) -> Array:
     flat = x.reshape(-1, *x.shape[2:])
-    found = jax.vmap(lambda x, i: x[i])(split(flat), split(rows))
-    return found.reshape(*rows.shape, *x.shape[2:])
+    return take(flat, rows).reshape(*rows.shape, *x.shape[2:])
 
-  taken = jax.tree.map(of_rows, (slots.keys, slots.limits, caches))
   return dataclasses.replace(
     slots,
     question=of_blocks(slots.question),
     begun=of_blocks(slots.begun),
-    following=of_blocks(slots.following.T).T,
+    following=of_blocks(slots.following),
     prompt_mask=of_blocks(slots.prompt_mask),
     prompts=jax.tree.map(of_blocks, slots.prompts),
-    keys=taken[0],
-    limits=taken[1],
+    keys=of_rows(slots.keys),
+    limits=of_rows(slots.limits),
     ended=of_rows(slots.ended) | (rows < 0),
     truncated=of_rows(slots.truncated),
     lengths=of_rows(slots.lengths),
     last=of_rows(slots.last),
     ids=of_rows(slots.ids),
     logprobs=of_rows(slots.logprobs),
-  ), taken[2]
+  ), jax.tree.map(of_rows, caches)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -292,16 +291,15 @@ def admit(
     fresh: of `prefill`, begun at the clock of `slots`.
   """
 
-  def split(x: Array) -> Array:
-    return x.reshape(program.shards, -1, *x.shape[1:])
-
   def put(old: Array, new: Array) -> Array:
     found = jax.vmap(lambda x, i, y: x.at[i].set(y))(
-      split(old), split(blocks), split(new)
+      *(_split(program, x) for x in (old, blocks, new))
     )
     return found.reshape(old.shape)
 
-  fresh = dataclasses.replace(fresh, following=fresh.following.T)
-  slots = dataclasses.replace(slots, following=slots.following.T)
-  slots = jax.tree.map(put, slots, fresh)
-  return dataclasses.replace(slots, following=slots.following.T)
+  return jax.tree.map(put, slots, fresh)
+
+
+def _split(program: Program, x: Array) -> Array:
+  """[B ...] -> [S B/S ...], a data shard's own together."""
+  return x.reshape(program.shards, -1, *x.shape[1:])

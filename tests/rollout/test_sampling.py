@@ -63,8 +63,12 @@ def test_draws_follow_the_distribution(repeats):
   np.testing.assert_allclose(
     logprobs, np.log(np.maximum(expected, 1e-30))[ids], atol=1e-5
   )
-  deviation = np.sqrt(8000 * expected * (1 - expected))
-  assert (np.abs(counts - 8000 * expected) <= 4 * deviation + 2).all()
+  # By places within the repeats, and by repeats.
+  for axis in range(min(repeats, 2)):
+    share = expected.reshape(repeats, 5).sum(axis)
+    deviation = np.sqrt(8000 * share * (1 - share))
+    found = counts.reshape(repeats, 5).sum(axis)
+    assert (np.abs(found - 8000 * share) <= 4 * deviation).all()
 
 
 def test_filters_bound_the_draws_but_not_their_logprobs():
