@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxvlm.nn import kv_cache, rope
-from jaxvlm.nn.block_attention import Visibility, attend
+from jaxvlm.nn.block_attention import Visibility, attend, scale_product
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.nn.layers import Linear, RMSNorm
 
@@ -30,8 +30,8 @@ def attend_group(
   query = rearrange(query, "Q G (K R) H -> Q G K R H", K=prompt.keys.shape[2])
   scores = jnp.concatenate(
     [
-      _scores("qgkrh,qpkh->qgkrp", query, prompt.keys),
-      _scores("qgkrh,qgckh->qgkrc", query, completion.keys),
+      scale_product("qgkrh,qpkh->qgkrp", query, prompt.keys),
+      scale_product("qgkrh,qgckh->qgkrc", query, completion.keys),
     ],
     axis=-1,
   )
@@ -43,15 +43,6 @@ def attend_group(
     "qgkrp,qpkh->qgkrh", weights[..., :length], prompt.values
   ) + jnp.einsum("qgkrc,qgckh->qgkrh", weights[..., length:], completion.values)
   return rearrange(out, "Q G K R H -> Q G (K R) H")
-
-
-def _scores(
-  equation: str, query: Float[Array, "..."], keys: Float[Array, "..."]
-) -> Float[Array, "..."]:
-  products = jnp.einsum(
-    equation, query, keys, preferred_element_type=jnp.float32
-  )
-  return products * query.shape[-1] ** -0.5
 
 
 def _softmax(

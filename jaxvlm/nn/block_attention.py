@@ -334,7 +334,7 @@ def _scores(
   keys: Float[Array, "B K b H"],
   seen: Bool[Array, "B q b"],
 ) -> Float[Array, "B K r b"]:
-  scores = _product("bkrh,bksh->bkrs", query, keys) * query.shape[-1] ** -0.5
+  scores = scale_product("bkrh,bksh->bkrs", query, keys)
   return jnp.where(_by_head(seen, scores), scores, _NEVER)
 
 
@@ -351,6 +351,13 @@ def _by_head(
   seen: Bool[Array, "B q b"], like: Float[Array, "B K r b"]
 ) -> Bool[Array, "B #K r b"]:
   return jnp.tile(seen, (1, like.shape[2] // seen.shape[1], 1))[:, None]
+
+
+def scale_product(
+  equation: str, query: Float[Array, "..."], keys: Float[Array, "..."]
+) -> Float[Array, "..."]:
+  """q k / sqrt(H), float32."""
+  return _product(equation, query, keys) * query.shape[-1] ** -0.5
 
 
 def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
