@@ -93,7 +93,9 @@ def stage(preset: str = "easyr1", **overrides: object) -> ConfigDict:
     "order": "",  # a column expression to sort the draws by, "-pass_rate"
     "rewards": (),
     "steps": 100,
-    "microbatches": 8,
+    # Columns of packed rows that a data shard works at at once; memory grows with
+    # them.
+    "microbatch_tokens": 16384,
     "freeze": (),  # of vision_tower, merger, decoder
     "reset_optimizer": True,
     "promote": "latest",  # latest | best

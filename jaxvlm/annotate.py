@@ -35,9 +35,9 @@ from jaxvlm.display import Display
 from jaxvlm.evaluate import Answered, Asked, answer
 from jaxvlm.job import Job
 from jaxvlm.metrics import write_aside
-from jaxvlm.rollout.sampler import Draws
+from jaxvlm.rollout.sampler import Draws, Weights
 from jaxvlm.scoring import Scorer
-from jaxvlm.types import Example, Params, Question
+from jaxvlm.types import Example, Question
 from jaxvlm.views import Views
 
 Record = dict[str, Any]  # what is known of one row in one view
@@ -266,7 +266,7 @@ class _Asker:
   # -- asking ----------------------------------------------------------------
 
   @functools.cached_property
-  def _weights(self) -> Params:
+  def _weights(self) -> Weights:
     return self._sampler.weights(self._job.load_params(self._display))
 
   @functools.cached_property

@@ -20,7 +20,7 @@ from jaxvlm.metrics import Logger, Sample
 from jaxvlm.rollout.sampler import Sampler
 from jaxvlm.stages import Stage
 from jaxvlm.step import Batch
-from jaxvlm.types import Experience, Params
+from jaxvlm.types import Params
 
 
 class Stopped(RuntimeError):
@@ -226,9 +226,9 @@ class Books:
     stage: Stage,
     progress: Progress,
     metrics: Mapping[str, float],
-    experience: Experience,
+    batch: Batch,
   ) -> None:
-    """Raises Stopped where too much went wrong, the batch dumped."""
+    """Raises Stopped where too much went wrong; the batch learned from dumped."""
     limits = self._job.config["limits"]
     if metrics.get("picture_effect") == 0:
       raise Stopped(
@@ -240,7 +240,7 @@ class Books:
       )
     if progress.skipped_updates > limits["skipped_updates"]:
       file = self._job.workdir / f"not_finite_{progress.global_step}.npz"
-      _dump(file, experience)
+      _dump(file, batch)
       raise Stopped(
         f"stage {stage.name}: {progress.skipped_updates} updates had a "
         f"gradient that is not finite; limits.skipped_updates is "
@@ -339,11 +339,14 @@ def _samples(job: Job, batch: Batch, count: int) -> list[Sample]:
   ]
 
 
-def _dump(file: Any, experience: Experience) -> None:
-  leaves, _ = jax.tree_util.tree_flatten_with_path(experience)
-  arrays: dict[str, Any] = {
-    jax.tree_util.keystr(path).lstrip("."): np.asarray(x)
-    for path, x in leaves
-    if x.is_fully_addressable
+def _dump(file: pathlib.Path, batch: Batch) -> None:
+  """Writes this host's completions with all that is known of them."""
+  arrays = vars(batch.rollout) | {
+    "question_id": np.array([q.question_id for q in batch.questions]),
+    "rewards": batch.scores.rewards,
+    "advantages": batch.advantages,
+    "old_logprobs": batch.old_logprobs,
+    "ref_logprobs": batch.ref_logprobs,
   }
-  np.savez_compressed(file, **arrays)
+  known = {name: x for name, x in arrays.items() if x is not None}
+  np.savez_compressed(file, **known)

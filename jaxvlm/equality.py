@@ -21,7 +21,7 @@ LEDGER = (*_EXACT, *_BUDGET, *_OUTCOMES)
 _APART = {
   *("data", "steps", "rewards", "freeze", "reset_optimizer"),
   *("learning_rate", "lr_schedule", "lr_warmup", "lr_final"),
-  *("microbatches", "logprob_chunk"),
+  *("microbatch_tokens", "logprob_chunk"),
 }
 # Fields of a run of which the same holds.
 _ELSEWHERE = {

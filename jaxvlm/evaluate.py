@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from jaxvlm import sharding
-from jaxvlm.rollout.sampler import Draws, Sampler
+from jaxvlm.rollout.sampler import Draws, Sampler, Weights
 from jaxvlm.scoring import Scorer
 from jaxvlm.types import Example, Params, Question, Rollout, Scores
 
@@ -48,7 +48,7 @@ def answer(
   batches: Iterable[Asked],
   *,
   sampler: Sampler,
-  weights: Params,
+  weights: Weights,
   decode: Callable[[np.ndarray], str],
   scorer: Scorer | None,
 ) -> Iterator[Answered]:
@@ -182,7 +182,7 @@ class Evaluator:
       yield part + [questions[0]] * padding, len(part)
 
   def _capability(
-    self, weights: Params, held_out: HeldOut, advance: Callable[[], None]
+    self, weights: Weights, held_out: HeldOut, advance: Callable[[], None]
   ) -> dict[str, float]:
     name = held_out.capability
     key = jax.random.fold_in(

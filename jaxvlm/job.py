@@ -179,7 +179,7 @@ def prepare(
   schedule = _schedule(config)
   mesh = sharding.make_mesh(**config["mesh"])
   for stage in schedule:
-    stage.check_shards(sharding.data_shards(mesh))
+    stage.check_shards(sharding.data_shards(mesh), jax.process_count())
   _check_evaluation(config, schedule, sharding.data_shards(mesh))
 
   directory = _checkpoint(config["model"], config["seed"], workdir, display)

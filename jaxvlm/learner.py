@@ -1,8 +1,9 @@
-"""Train state, the jitted update over microbatches, and logprobs of a tree."""
+"""Train state, the update over microbatches, and logprobs of a tree."""
 
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxvlm import compiling, sharding
 from jaxvlm.models import Network
+from jaxvlm.packing import Packed
 from jaxvlm.rl import kl, losses, surrogates
 from jaxvlm.rl.logprobs import token_logprobs
 from jaxvlm.types import Experience, Params, Tree, record
@@ -121,9 +123,19 @@ class _Program:
       parts.setdefault(part, {})[path] = value
     return parts
 
+  @functools.cached_property
+  def axes(self) -> Any:
+    """Logical axes of the trainable parameters by path."""
+    return self.trainable(self.network.axes())[0]
+
+  def laid(self, flat: Flat) -> Flat:
+    """Gradients that lie on the mesh as their parameters do."""
+    return {
+      path: sharding.constrain(x, *self.axes[path]) for path, x in flat.items()
+    }
+
   def transformation(self) -> Any:
-    axes: Any = self.trainable(self.network.axes())[0]
-    return self.optimizer.make(axes)
+    return self.optimizer.make(self.axes)
 
   def init(self, trainable: Flat) -> dict[str, Any]:
     """The optimizer's state: float32 moments, and the weights' lower bits."""
@@ -212,13 +224,17 @@ class Learner:
     )
 
   def update(
-    self, state: TrainState, experience: Experience, learning_rate: float
+    self,
+    state: TrainState,
+    microbatches: Iterable[Experience],
+    learning_rate: float,
   ) -> tuple[TrainState, Metrics]:
     """One optimizer step; gradients of microbatches are summed in float32.
 
     Args:
       state: donated.
-      experience: global arrays [U Q/U ...].
+      microbatches: global arrays; the next one is asked for while the device
+        works at the one before.
       learning_rate: of this update.
 
     Returns:
@@ -226,29 +242,48 @@ class Learner:
       counted for each group of questions. Where the gradient is not finite the
       state stays and update_skipped is 1.
     """
-    with sharding.use(self._program.mesh), _compiles("update", experience.tree):
-      return _update(
-        self._program,
-        state,
-        self._banned,
-        experience,
-        jnp.float32(learning_rate),
-      )
+    program, found = self._program, []
+    with sharding.use(program.mesh):
+      total = _zeros(program, state.params)
+      for micro in microbatches:
+        with _compiles("gradient", micro.tree):
+          total, metrics = _add_gradient(
+            program, total, state.params, self._banned, micro
+          )
+        found.append(metrics)
+        _wait(found)
+      summed = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *found)
+      rate = jnp.float32(learning_rate)
+      state, norms = _apply(program, state, total, summed["loss"][1], rate)
+    return state, summed | norms
 
-  def logprobs(self, params: Params, tree: Tree) -> Float[Array, "U Q G C"]:
-    """Logprobs of a tree's completion tokens [U Q/U ...]; 0 where masked."""
-    with sharding.use(self._program.mesh), _compiles("logprobs", tree):
-      return _logprobs(self._program, params, self._banned, tree)
+  def logprobs(
+    self, policies: Sequence[Params], packed: Packed
+  ) -> list[Float[np.ndarray, "Q G C"]]:
+    """Logprobs of all completion tokens by each policy; 0 where masked."""
+    found: list[list[Any]] = [[] for _ in policies]
+    with sharding.use(self._program.mesh):
+      for u in range(len(packed)):
+        tree = packed.tree(u)
+        for params, parts in zip(policies, found, strict=True):
+          with _compiles("logprobs", tree):
+            parts.append(_logprobs(self._program, params, self._banned, tree))
+          _wait(parts)
+    return [packed.collect(parts) for parts in found]
+
+
+def _wait(found: Sequence[Any]) -> None:
+  """Lets the host be one microbatch ahead, for its arrays take memory."""
+  jax.block_until_ready(found[-2:-1])
 
 
 def _compiles(name: str, tree: Tree) -> contextlib.AbstractContextManager[None]:
-  microbatches, rows, columns = tree.ids.shape
+  rows, columns = tree.ids.shape
   return compiling.program(
     name,
-    microbatches=microbatches,
     rows=rows,
     columns=columns,
-    scored=tree.targets.shape[-1],
+    questions=len(tree.slots),
     patches=0 if tree.vision is None else tree.vision.rows.shape[-1],
   )
 
@@ -266,11 +301,15 @@ def _score(
   if tree.vision is not None:
     features = network.encode(params, tree.vision)
   embeds = network.embed(params, tree.ids, tree.vision_index, features)
-  hidden = network.forward(params, embeds, tree.position_ids, tree.branch_ids)
+  hidden = network.forward(
+    params, embeds, tree.position_ids, tree.tree_ids, tree.branch_ids
+  )
   scores = token_logprobs(
-    jnp.take_along_axis(hidden, tree.predictors[..., None], axis=1),
+    hidden,
     network.head(params),
+    tree.predictors,
     tree.targets,
+    counts=tree.counts,
     temperature=objective.temperature,
     banned=banned,
     chunk=objective.logprob_chunk,
@@ -280,20 +319,18 @@ def _score(
 
 
 def _unpack(
-  values: Float[Array, "Q N"], slots: Int[Array, "Q G C"]
+  values: Float[Array, "R T"], slots: Int[Array, "Q G C"]
 ) -> Float[Array, "Q G C"]:
-  flat = slots.reshape(len(slots), -1)
+  flat = slots.reshape(len(values), -1)
   taken = jnp.take_along_axis(values, jnp.maximum(flat, 0), axis=1)
   return jnp.where(flat >= 0, taken, 0.0).reshape(slots.shape)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logprobs(
-  program: _Program, params: Params, banned: Bool[Array, " V"], trees: Tree
-) -> Float[Array, "U Q G C"]:
-  return jax.lax.map(
-    lambda tree: _score(program, params, banned, tree)[0], trees
-  )
+  program: _Program, params: Params, banned: Bool[Array, " V"], tree: Tree
+) -> Float[Array, "Q G C"]:
+  return _score(program, params, banned, tree)[0]
 
 
 def _loss(
@@ -361,32 +398,44 @@ def _policy_loss(
   return loss, figures
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _zeros(program: _Program, params: Params) -> Flat:
+  """A gradient to add to."""
+  trainable, _ = program.trainable(params)
+  return program.laid(
+    jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), trainable)
+  )
+
+
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _update(
+def _add_gradient(
   program: _Program,
-  state: TrainState,
+  total: Flat,
+  params: Params,
   banned: Bool[Array, " V"],
-  experience: Experience,
-  learning_rate: Float[Array, ""],
-) -> tuple[TrainState, Metrics]:
-  trainable, frozen = program.trainable(state.params)
+  micro: Experience,
+) -> tuple[Flat, Metrics]:
+  """The gradient of a microbatch's sum of losses added, and its metrics."""
+  trainable, frozen = program.trainable(params)
   gradient = jax.grad(
     functools.partial(_loss, program), argnums=0, has_aux=True
   )
+  part, metrics = gradient(trainable, frozen, banned, micro)
+  added = jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, part)
+  return program.laid(added), metrics
 
-  def add(total: Flat, micro: Experience) -> tuple[Flat, Any]:
-    part, metrics = gradient(trainable, frozen, banned, micro)
-    return jax.tree.map(
-      lambda t, g: t + g.astype(jnp.float32), total, part
-    ), metrics
 
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros_like(x, dtype=jnp.float32), trainable
-  )
-  total, metrics = jax.lax.scan(add, zeros, experience)
-  metrics = jax.tree.map(lambda x: x.sum(0), metrics)
-  count = jnp.maximum(metrics["loss"][1], 1.0)
-  grads = jax.tree.map(lambda g: g / count, total)
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _apply(
+  program: _Program,
+  state: TrainState,
+  total: Flat,
+  count: Float[Array, ""],
+  learning_rate: Float[Array, ""],
+) -> tuple[TrainState, Metrics]:
+  """The optimizer's step with the mean gradient, and its norms."""
+  trainable, frozen = program.trainable(state.params)
+  grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), total)
   norm = optax.tree.norm(grads)
   finite = jnp.isfinite(norm)
 
@@ -412,7 +461,7 @@ def _update(
   return TrainState(
     params=join(keep(moved, trainable), frozen),
     opt_state=keep({"moments": moments, "lower": lower}, state.opt_state),
-  ), metrics | {
+  ), {
     "grad_norm": (norm, one),
     **{
       f"grad_norm/{part}": (optax.tree.norm(own), one)

@@ -1,113 +1,291 @@
 """Host side of the update: groups of completions become packed-tree rows."""
 
+import dataclasses
+import heapq
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Int
 
-from jaxvlm.data.vision_layout import Layout, capacity, collate, needed
-from jaxvlm.sharding import agree_max
-from jaxvlm.types import Prompts, Question, Tree
+from jaxvlm import sharding
+from jaxvlm.data.vision_layout import (
+  Layout,
+  capacity,
+  pack_vision,
+  patch_capacity,
+  token_places,
+)
+from jaxvlm.types import Question, Tree
+
+# Columns that a row has at least, where there is so much to fill it: several
+# short groups share it. Two cores like rows beside one another more than long
+# ones, for attention goes along a row block by block.
+_ROW = 512
+
+
+class Packed:
+  """Groups of this host in packed rows, a microbatch after the other.
+
+  A microbatch is made as it is asked for, so that the host can make the next
+  one while the device works.
+  """
+
+  def __init__(
+    self,
+    questions: Sequence[Question],
+    completion_ids: np.ndarray,
+    completion_mask: np.ndarray,
+    *,
+    tokens: int,
+    mesh: Mesh,
+    layout: Layout,
+  ):
+    """Plans the rows.
+
+    Args:
+      questions: Q prepared questions.
+      completion_ids: int32 [Q G C].
+      completion_mask: bool [Q G C], a prefix of True in every row.
+      tokens: columns of a data shard in a microbatch, as in `plan`.
+      mesh: where the rows go.
+      layout: how the model lays out pictures.
+    """
+    self._groups = questions, completion_ids, completion_mask
+    self._mesh, self._layout = mesh, layout
+    self.plan = plan(
+      questions,
+      completion_mask,
+      tokens=tokens,
+      shards=sharding.data_shards(mesh) // jax.process_count(),
+      layout=layout,
+    )
+
+  def __len__(self) -> int:
+    """Microbatches."""
+    return len(self.plan.groups)
+
+  def tree(self, u: int) -> Tree:
+    """The rows of the u-th microbatch, as global arrays."""
+    local = pack(self.plan, u, *self._groups, layout=self._layout)
+    return sharding.place(self._mesh, local)
+
+  def place(self, x: np.ndarray | None, u: int) -> Any:
+    """[Q ...] of the questions -> a global [R*K ...] of the u-th microbatch."""
+    if x is None:
+      return None
+    return sharding.place(self._mesh, self.plan.spread(x, u))
+
+  def collect(self, parts: Sequence[jax.Array]) -> np.ndarray:
+    """A global [R*K ...] of each microbatch -> [Q ...] of the questions."""
+    return self.plan.collect([sharding.to_host(part) for part in parts])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """Which groups stand in which row of which microbatch, on this host."""
+
+  groups: Int[np.ndarray, "U R K"]  # the question; -1: none
+  columns: int  # T
+  patches: int  # L, of a row's lane; 0: text alone
+  used_columns: int
+  used_patches: int
+
+  def spread(self, x: np.ndarray, u: int) -> np.ndarray:
+    """[Q ...] of the questions -> [R*K ...] of a microbatch; 0 where none is."""
+    places = self.groups[u].reshape(-1)
+    taken = np.zeros((places.size, *x.shape[1:]), x.dtype)
+    taken[places >= 0] = x[places[places >= 0]]
+    return taken
+
+  def collect(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """[R*K ...] of every microbatch -> [Q ...] of the questions."""
+    places = self.groups.reshape(-1)
+    values = np.concatenate(parts)
+    found = np.empty((places.max() + 1, *values.shape[1:]), values.dtype)
+    found[places[places >= 0]] = values[places >= 0]
+    return found
+
+  @property
+  def padding(self) -> dict[str, tuple[float, float]]:
+    """Columns and patches that mean nothing, and all, by name."""
+    rows = self.groups.shape[0] * self.groups.shape[1]
+    sizes = {
+      "columns": (self.used_columns, rows * self.columns),
+      "patches": (self.used_patches, rows * self.patches),
+    }
+    return {name: (size - own, size) for name, (own, size) in sizes.items()}
+
+
+def plan(
+  questions: Sequence[Question],
+  completion_mask: np.ndarray,
+  *,
+  tokens: int,
+  shards: int,
+  layout: Layout,
+) -> Plan:
+  """Rows of equal shape that hold all groups with little padding.
+
+  Sizes come from the capacity ladder and are the same on all hosts.
+
+  Args:
+    questions: Q prepared questions of this host.
+    completion_mask: bool [Q G C].
+    tokens: columns of a data shard in a microbatch; more where one group is
+      longer.
+    shards: data shards of this host; a microbatch has as many rows of each.
+    layout: how the model lays out pictures.
+  """
+  lengths = completion_mask.sum((-2, -1))
+  lengths = lengths + [len(q.prompt_ids) for q in questions]
+  patches = np.array([len(q.pixel_values) for q in questions])
+  longest, whole = sharding.agree_max([lengths.max(), lengths.sum()])
+  width = capacity(int(max(longest, min(tokens, _ROW))), 32)
+  beside = max(tokens // width, 1)  # rows of a shard in a microbatch
+  needed = -(-int(whole) // (shards * width))
+  while True:
+    count = -(-needed // beside)
+    own = min(beside, needed)
+    rows = _balanced(lengths, count * own * shards)
+    fullest = max(int(lengths[row].sum()) for row in rows)
+    if int(sharding.agree_max(fullest)) <= width:
+      break
+    needed += 1
+  sizes = [
+    fullest,
+    max(len(row) for row in rows),
+    max(int(patches[row].sum()) for row in rows),
+  ]
+  columns, places, lane = (int(size) for size in sharding.agree_max(sizes))
+  # Places cost next to nothing, and each number of them another program.
+  room = 4 ** math.ceil(math.log(places, 4))
+  groups = np.full((len(rows), room), -1, np.int32)
+  for taken, row in zip(groups, rows, strict=True):
+    taken[: len(row)] = row
+  return Plan(
+    groups=groups.reshape(count, own * shards, -1),
+    columns=capacity(columns, 32),
+    patches=patch_capacity(lane, layout),
+    used_columns=int(lengths.sum()),
+    used_patches=int(patches.sum()),
+  )
+
+
+def _balanced(lengths: np.ndarray, rows: int) -> list[list[int]]:
+  """Groups in so many rows of about the same length, the longest first."""
+  loads = [(0, row) for row in range(rows)]
+  members: list[list[int]] = [[] for _ in range(rows)]
+  for group in np.argsort(-lengths, kind="stable").tolist():
+    load, row = heapq.heappop(loads)
+    members[row].append(group)
+    heapq.heappush(loads, (load + int(lengths[group]), row))
+  return [sorted(row) for row in members]
 
 
 def pack(
+  plan: Plan,
+  u: int,
   questions: Sequence[Question],
   completion_ids: np.ndarray,
   completion_mask: np.ndarray,
   *,
-  microbatches: int,
   layout: Layout,
 ) -> Tree:
-  """Packed rows of this host, every leaf with a leading microbatch axis [U].
-
-  Microbatch u holds the u-th of U equal slices of the questions. Widths come
-  from the capacity ladder and are the same for all microbatches and hosts.
+  """The rows of the u-th microbatch.
 
   Args:
-    questions: Q prepared questions.
+    plan: of these questions.
+    u: which microbatch.
+    questions: Q prepared questions of this host.
     completion_ids: int32 [Q G C].
     completion_mask: bool [Q G C], a prefix of True in every row.
-    microbatches: U, divides Q.
-    layout: how the model lays out pictures.
+    layout: as in `plan`.
   """
-  size = len(questions) // microbatches
-  groups = [questions[u * size : (u + 1) * size] for u in range(microbatches)]
-  scored = completion_mask.sum((-2, -1))  # [Q]
-  rows = scored + [len(q.prompt_ids) for q in questions]
-  prompts = [needed(g, lanes=size, layout=layout) for g in groups]
-  prompt_length, patches, row_width, scored_width = agree_max(
-    [*np.max(prompts, axis=0), rows.max(), scored.max()]
-  )
-  trees = []
-  for u, group in enumerate(groups):
-    own = slice(u * size, (u + 1) * size)
-    batch = collate(
-      group,
-      lanes=size,
+  rows, room = plan.groups.shape[1:]
+  shape = (rows, plan.columns)
+  tree = Tree(
+    ids=np.zeros(shape, np.int32),
+    position_ids=np.zeros((3, *shape), np.int32),
+    tree_ids=np.full(shape, -1, np.int32),
+    branch_ids=np.full(shape, -1, np.int32),
+    vision_index=np.full(shape, -1, np.int32),
+    vision=pack_vision(
+      [[questions[q] for q in row if q >= 0] for row in plan.groups[u]],
       layout=layout,
-      prompt_length=int(prompt_length),
-      patches=int(patches),
-    )
-    trees.append(
-      _tree(
-        batch,
-        completion_ids[own],
-        completion_mask[own],
-        width=capacity(int(row_width), 32),
-        scored=capacity(int(scored_width), 16),
-      )
-    )
-  return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
-
-
-def _tree(
-  prompts: Prompts,
-  completion_ids: np.ndarray,
-  completion_mask: np.ndarray,
-  *,
-  width: int,
-  scored: int,
-) -> Tree:
-  """Rows [prompt | completions] of `width` columns, `scored` of them targets."""
-  count, capacity_of_prompts = prompts.prompt_ids.shape
-  own = slice(0, capacity_of_prompts)
-  ids = np.zeros((count, width), np.int32)
-  position_ids = np.zeros((3, count, width), np.int32)
-  branch_ids = np.full((count, width), -1, np.int32)
-  vision_index = np.full((count, width), -1, np.int32)
-  predictors = np.zeros((count, scored), np.int32)
-  targets = np.zeros((count, scored), np.int32)
-  slots = np.full(completion_ids.shape, -1, np.int32)
-  ids[:, own] = prompts.prompt_ids
-  position_ids[:, :, own] = prompts.position_ids
-  branch_ids[:, own] = np.where(prompts.prompt_mask, 0, -1)
-  vision_index[:, own] = prompts.vision_index
-
-  lengths = completion_mask.sum(-1)
-  before = np.cumsum(lengths, -1) - lengths  # completion tokens left of (q, g)
-  prompt = np.asarray(prompts.prompt_mask).sum(-1)
-  last = prompts.position_ids[:, np.arange(count), prompt - 1]  # [3 Q]
-  q, g, c = np.nonzero(completion_mask)
-  n = before[q, g] + c
-  column = prompt[q] + n
-  ids[q, column] = targets[q, n] = completion_ids[q, g, c]
-  position_ids[:, q, column] = last[:, q] + 1 + c
-  branch_ids[q, column] = g + 1
-  # The last prompt column predicts every completion's first token.
-  predictors[q, n] = np.where(c == 0, prompt[q] - 1, column - 1)
-  slots[q, g, c] = n
-  return Tree(
-    ids=ids,
-    position_ids=position_ids,
-    branch_ids=branch_ids,
-    vision_index=vision_index,
-    vision=prompts.vision,
-    predictors=predictors,
-    targets=targets,
-    slots=slots,
+      patches=plan.patches,
+      width=questions[0].pixel_values.shape[1],
+    ),
+    predictors=np.zeros(shape, np.int32),
+    targets=np.zeros(shape, np.int32),
+    counts=np.zeros(rows, np.int32),
+    slots=np.full((rows * room, *completion_ids.shape[1:]), -1, np.int32),
   )
+  slots = tree.slots.reshape(rows, room, *tree.slots.shape[1:])
+  for r, members in enumerate(plan.groups[u]):
+    row = _Row(tree, r, layout)
+    for place, q in enumerate(members[members >= 0]):
+      row.add(
+        questions[q], completion_ids[q], completion_mask[q], slots[r, place]
+      )
+    tree.counts[r] = row.targets
+  return tree
 
 
-def unbatch(values: np.ndarray, microbatches: int) -> np.ndarray:
-  """[Q ...] -> [U Q/U ...], in the order in which `pack` slices questions."""
-  return values.reshape(microbatches, -1, *values.shape[1:])
+@dataclasses.dataclass
+class _Row:
+  """A row that is being filled, and how much of it is taken."""
+
+  tree: Tree
+  row: int
+  layout: Layout
+  trees: int = 0
+  columns: int = 0
+  targets: int = 0
+  visual_tokens: int = 0
+
+  def add(
+    self,
+    question: Question,
+    ids: Int[np.ndarray, "G C"],
+    mask: Bool[np.ndarray, "G C"],
+    slots: Int[np.ndarray, "G C"],
+  ) -> None:
+    """Puts a prompt behind what is there, and its completions behind it.
+
+    Args:
+      question: whose prompt it is.
+      ids: of the completions.
+      mask: which of them are tokens.
+      slots: written: the target that each token is.
+    """
+    tree, row = self.tree, self.row
+    g, c = np.nonzero(mask)
+    first = self.columns + len(question.prompt_ids)
+    prompt = slice(self.columns, first)
+    whole = slice(self.columns, first + g.size)
+    column = first + np.arange(g.size)
+    target = self.targets + np.arange(g.size)
+
+    tree.ids[row, prompt] = question.prompt_ids
+    tree.ids[row, column] = ids[g, c]
+    tree.tree_ids[row, whole] = self.trees
+    tree.branch_ids[row, prompt] = 0
+    tree.branch_ids[row, column] = g + 1
+    tree.position_ids[:, row, prompt] = question.position_ids
+    tree.position_ids[:, row, column] = question.position_ids[:, -1:] + 1 + c
+    shown = np.flatnonzero(question.prompt_ids == self.layout.image_token_id)
+    places = token_places(question.image_grid_thw, self.layout)
+    tree.vision_index[row, self.columns + shown] = self.visual_tokens + places
+    tree.targets[row, target] = ids[g, c]
+    # The last prompt column predicts every completion's first token.
+    tree.predictors[row, target] = np.where(c == 0, first, column) - 1
+    slots[g, c] = target
+
+    self.trees += 1
+    self.columns = whole.stop
+    self.targets += g.size
+    self.visual_tokens += len(shown)

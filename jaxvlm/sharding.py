@@ -17,7 +17,6 @@ AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
   "question": ("data", "fsdp"),
   "lane": ("data", "fsdp"),
-  "microbatch": None,
   "layer": None,
   "embed": "fsdp",
   "vision_embed": "fsdp",
@@ -121,20 +120,20 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape))
 
 
-def place(mesh: Mesh, batch: Any, lead: tuple[str | None, ...] = ()) -> Any:
+def place(mesh: Mesh, batch: Any) -> Any:
   """This host's arrays of a record -> global arrays, split over questions.
 
   Args:
     mesh: the mesh.
-    batch: Prompts, Tree or Experience of numpy arrays.
-    lead: logical axes that stand before those of the record's annotation.
+    batch: Prompts, Tree or Experience of numpy arrays; the rows of a tree are
+      split as questions are.
   """
 
   def one(path: tuple[Any, ...], x: Any) -> jax.Array:
     names = {key.name for key in path if hasattr(key, "name")}
     rows = "lane" if "vision" in names else "question"
     axes = (None, rows) if "position_ids" in names else (rows,)
-    placed = NamedSharding(mesh, spec((*lead, *axes)))
+    placed = NamedSharding(mesh, spec(axes))
     return jax.make_array_from_process_local_data(placed, np.asarray(x))
 
   return jax.tree_util.tree_map_with_path(one, batch)

@@ -18,8 +18,8 @@ class Stage:
 
   A step rolls `rollout_questions` out, up to `max_rollouts` times until
   `update_questions` of them have unequal rewards, keeps so many (those first)
-  and makes `updates_per_rollout` updates of equal shares of them, each in
-  `microbatches` slices. Groups that are left over with unequal rewards wait for
+  and makes `updates_per_rollout` updates of equal shares of them, each in as
+  many microbatches as its tokens fill. Groups that are left over with unequal rewards wait for
   the next step. A stage of kind "sft" reads its completions from the data
   instead.
   """
@@ -37,7 +37,7 @@ class Stage:
   max_rollouts: int
   update_questions: int
   updates_per_rollout: int
-  microbatches: int
+  microbatch_tokens: int  # of a data shard at once, prompts counted once
   num_completions: int
   max_completion_length: int
   temperature: float
@@ -84,7 +84,7 @@ class Stage:
       "max_rollouts",
       "update_questions",
       "updates_per_rollout",
-      "microbatches",
+      "microbatch_tokens",
       "max_completion_length",
       "logprob_chunk",
     ):
@@ -106,11 +106,11 @@ class Stage:
       raise self._wrong("update_questions", "sft trains on all it reads")
     elif self.max_rollouts > 1:
       raise self._wrong("max_rollouts", "sft has no groups to replace")
-    share = self.updates_per_rollout * self.microbatches
-    if self.update_questions % share:
+    if self.update_questions % self.updates_per_rollout:
       raise self._wrong(
         "update_questions",
-        f"expected a multiple of updates_per_rollout * microbatches = {share}",
+        "expected a multiple of updates_per_rollout = "
+        f"{self.updates_per_rollout}",
       )
 
   def _check_groups(self) -> None:
@@ -174,20 +174,18 @@ class Stage:
       f"stages.{self.name}.{field}: got {getattr(self, field)!r}; {expected}."
     )
 
-  def check_shards(self, shards: int) -> None:
-    """Raises ValueError where the mesh does not divide the questions."""
-    share = self.updates_per_rollout * self.microbatches
-    for field, parts in (
-      ("rollout_questions", shards),
-      ("update_questions", shards * share),
+  def check_shards(self, shards: int, hosts: int) -> None:
+    """Raises ValueError where mesh or hosts do not divide the questions."""
+    for field, parts, what in (
+      ("rollout_questions", shards, f"{shards} data shards"),
+      (
+        "update_questions",
+        hosts * self.updates_per_rollout,
+        f"{hosts} hosts, {self.updates_per_rollout} updates",
+      ),
     ):
       if getattr(self, field) % parts:
-        raise self._wrong(
-          field,
-          f"expected a multiple of {parts} ({shards} data shards, "
-          f"{self.updates_per_rollout} updates of {self.microbatches} "
-          "microbatches)",
-        )
+        raise self._wrong(field, f"expected a multiple of {parts} ({what})")
 
   @property
   def row_rewards(self) -> list[str]:

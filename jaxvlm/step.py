@@ -1,8 +1,7 @@
 """What the lines of the loop do: roll out, score, learn."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jaxvlm.evaluate import decode_rollout
 from jaxvlm.job import Job
 from jaxvlm.learner import Learner, TrainState
 from jaxvlm.metrics import Metrics, add
-from jaxvlm.packing import pack, unbatch
+from jaxvlm.packing import Packed
 from jaxvlm.rl import advantages, kl
 from jaxvlm.rollout.sampler import Sampler
 from jaxvlm.scoring import Scorer
@@ -91,30 +90,34 @@ def policy_logprobs(
   None where nothing asks for them: those of the policy, where a rollout feeds
   one update, which finds the same itself; the reference's, without a KL term.
   """
-  wanted = [params if stage.asks_old_logprobs else None, reference]
-  if wanted == [None, None]:
+  policies = [params] if stage.asks_old_logprobs else []
+  policies += [] if reference is None else [reference]
+  if not policies:
     return None, None
-  size = stage.update_questions // jax.process_count()
-  size //= stage.updates_per_rollout
-  count = len(questions)
-  # As many at once as an update takes; the last ones are filled up.
-  rows = np.resize(np.arange(count), (-(-count // size), size))
-  found: list[list[np.ndarray]] = [[], []]
-  for own in rows:
-    local = pack(
-      [questions[q] for q in own],
-      rollout.completion_ids[own],
-      rollout.completion_mask[own],
-      microbatches=stage.microbatches,
-      layout=job.processor.layout,
-    )
-    tree = sharding.place(job.mesh, local, ("microbatch",))
-    for weights, parts in zip(wanted, found, strict=True):
-      if weights is not None:
-        slices = sharding.to_host(learner.logprobs(weights, tree), 1)
-        parts.append(slices.reshape(size, *slices.shape[2:]))
-  old, ref = (np.concatenate(x)[:count] if x else None for x in found)
-  return old, ref
+  packed = in_rows(
+    job, stage, questions, rollout.completion_ids, rollout.completion_mask
+  )
+  found = learner.logprobs(policies, packed)
+  old = found[0] if stage.asks_old_logprobs else None
+  return old, None if reference is None else found[-1]
+
+
+def in_rows(
+  job: Job,
+  stage: Stage,
+  questions: Sequence[Question],
+  completion_ids: np.ndarray,
+  completion_mask: np.ndarray,
+) -> Packed:
+  """Groups of this host in packed rows, as many at once as the stage says."""
+  return Packed(
+    questions,
+    completion_ids,
+    completion_mask,
+    tokens=stage.microbatch_tokens,
+    mesh=job.mesh,
+    layout=job.processor.layout,
+  )
 
 
 def advantages_of(
@@ -217,7 +220,7 @@ def learn(
   state: TrainState,
   batch: Batch,
   step: int,
-) -> tuple[TrainState, Metrics, Experience]:
+) -> tuple[TrainState, Metrics]:
   """The updates of one rollout, in equal shares of its questions.
 
   Args:
@@ -229,47 +232,55 @@ def learn(
     step: of the stage, from 0; the learning rate goes by it.
 
   Returns:
-    The new state, metrics of all hosts, and the last update's experience.
+    The new state, and metrics of all hosts.
   """
   parts = stage.updates_per_rollout
   mask = batch.trained(stage.mask_truncated)
-
-  def place(x: np.ndarray | None) -> Any:
-    if x is None:
-      return None
-    return sharding.place(
-      job.mesh, unbatch(x, stage.microbatches), ("microbatch",)
-    )
-
   metrics: Metrics = {}
   every = job.config["limits"]["blind_every"]
   for i, rows in enumerate(np.split(np.arange(len(batch.questions)), parts)):
     share = batch.take(rows)
-    local = pack(
-      share.questions,
-      share.rollout.completion_ids,
-      mask[rows],
-      microbatches=stage.microbatches,
-      layout=job.processor.layout,
-    )
+    ids = share.rollout.completion_ids
+    packed = in_rows(job, stage, share.questions, ids, mask[rows])
     if i == 0 and every and step % every == 0:
+      others, changed = watch.exchanged(share.questions)
+      shown = in_rows(job, stage, others, ids, mask[rows])
       metrics = watch.picture_effect(
-        job, learner, state.params, local, place(mask[rows])
+        learner, state.params, packed, shown, mask[rows] & changed
       )
-    experience = Experience(
-      tree=sharding.place(job.mesh, local, ("microbatch",)),
-      completion_mask=place(mask[rows]),
-      advantages=place(share.advantages.astype(np.float32)),
-      groups=place(membership(share.questions, stage.labels)),
-      sampler_logprobs=place(share.rollout.sampler_logprobs),
-      old_logprobs=place(share.old_logprobs),
-      ref_logprobs=place(share.ref_logprobs),
-    )
     rate = stage.learning_rate_at(step * parts + i)
-    state, pairs = learner.update(state, experience, rate)
+    state, pairs = learner.update(
+      state, experiences(stage, share, packed, mask[rows]), rate
+    )
     metrics = add(metrics, _named(pairs, stage.labels))
     metrics = add(metrics, {"learning_rate": (rate, 1.0)})
-  return state, metrics, experience
+    metrics = add(metrics, watch.padding(packed))
+  return state, metrics
+
+
+def experiences(
+  stage: Stage, batch: Batch, packed: Packed, mask: np.ndarray
+) -> Iterator[Experience]:
+  """The microbatches of an update.
+
+  Args:
+    stage: its knobs.
+    batch: what is learned from.
+    packed: its groups in rows.
+    mask: bool [Q G C], the tokens that count.
+  """
+  groups = membership(batch.questions, stage.labels)
+  for u in range(len(packed)):
+    place = functools.partial(packed.place, u=u)
+    yield Experience(
+      tree=packed.tree(u),
+      completion_mask=place(mask),
+      advantages=place(batch.advantages.astype(np.float32)),
+      groups=place(groups),
+      sampler_logprobs=place(batch.rollout.sampler_logprobs),
+      old_logprobs=place(batch.old_logprobs),
+      ref_logprobs=place(batch.ref_logprobs),
+    )
 
 
 def _named(pairs: object, labels: Sequence[str]) -> Metrics:

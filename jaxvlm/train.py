@@ -85,7 +85,7 @@ def run(job: Job, display: Display) -> None:
           batch = join(found)
           chosen, waiting = choose(stage, batch, waiting)
           with timers("update"):
-            state, metrics, experience = learn(
+            state, metrics = learn(
               job, stage, learner, state, chosen, progress.step
             )
 
@@ -101,10 +101,11 @@ def run(job: Job, display: Display) -> None:
           progress.ledgers[stage.name] = vars(ledger).copy()
           seconds = time.monotonic() - started
           timing = timers.take() | watch.compiled(compiled)
+          timing |= watch.stall(timing, seconds)
           timing |= watch.speed(batch, spent, seconds)
           averages = means(metrics)
           books.step(stage, progress, batch, averages, timing)
-          books.check_limits(stage, progress, averages, experience)
+          books.check_limits(stage, progress, averages, chosen)
           if progress.step == stage.steps:
             break  # the end of a stage is written down below
           if evaluate_every and progress.step % evaluate_every == 0:

@@ -1,8 +1,8 @@
 """The records that travel between the stations of the loop.
 
 Letters: Q questions, G completions a question, P prompt length, C completion
-length, T packed row length, N scored tokens of a packed row, L vision patches
-of a lane, M = L / merge**2 visual tokens, S vision lanes.
+length, R packed rows, T packed row length, L vision patches of a lane,
+M = L / merge**2 visual tokens, S vision lanes.
 
 Arrays are numpy on the host and jax.Array on the device; the records are the
 same. Host-only records (`Example`, `Question`, `Scores`) are not pytrees.
@@ -122,25 +122,29 @@ class Rollout:
 
 @record
 class Tree:
-  """Packed rows [prompt | completion 1 | ... | completion G], unpadded between.
+  """Packed rows of trees [prompt | completion 1 | ... | completion G].
 
-  A query sees a key that is not later and lies in the prompt or in its own
-  branch. Positions restart after the prompt in each branch.
+  Nothing is padded between completions or trees; the end of a row is. A query
+  sees a key of its own tree that is not later and lies in the prompt or in its
+  own branch. Positions restart after the prompt in each branch. A row has room
+  for Q / R questions; a place that none takes is masked throughout.
   """
 
-  ids: Int[Array, "Q T"]
-  position_ids: Int[Array, "3 Q T"]
-  branch_ids: Int[Array, "Q T"]  # 0 prompt, g = 1..G completion, -1 padding
-  vision_index: Int[Array, "Q T"]
+  ids: Int[Array, "R T"]
+  position_ids: Int[Array, "3 R T"]
+  tree_ids: Int[Array, "R T"]  # of the row, from 0; -1 padding
+  branch_ids: Int[Array, "R T"]  # 0 prompt, g = 1..G completion, -1 padding
+  vision_index: Int[Array, "R T"]
   vision: Vision | None
-  predictors: Int[Array, "Q N"]  # column whose hidden state predicts token n
-  targets: Int[Array, "Q N"]  # the id of token n
+  predictors: Int[Array, "R T"]  # column whose hidden state predicts token n
+  targets: Int[Array, "R T"]  # the id of token n
+  counts: Int[Array, " R"]  # tokens n of the row
   slots: Int[Array, "Q G C"]  # n of completion token (g, c); -1: masked
 
 
 @record
 class Experience:
-  """What one update learns from; leaves may carry a leading microbatch axis."""
+  """What a microbatch of an update learns from."""
 
   tree: Tree
   completion_mask: Bool[Array, "Q G C"]

@@ -1,23 +1,48 @@
 """What a step is watched by: earnings, lengths, costs, and whether it sees."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from jaxvlm import compiling, sharding
 from jaxvlm.batch import Batch, membership, named
 from jaxvlm.job import Job
 from jaxvlm.learner import Learner
 from jaxvlm.metrics import Metrics
+from jaxvlm.packing import Packed
 from jaxvlm.stages import Stage
-from jaxvlm.types import Params, Tree
+from jaxvlm.types import Params, Question
+
+
+def exchanged(
+  questions: Sequence[Question],
+) -> tuple[list[Question], Bool[np.ndarray, "Q 1 1"]]:
+  """Questions that are shown each other's pictures, and which of them are.
+
+  Patches are taken in their order, cut or repeated to the question's own number.
+  """
+  seen = [
+    q for q, question in enumerate(questions) if len(question.pixel_values)
+  ]
+  others = list(questions)
+  changed = np.zeros((len(questions), 1, 1), bool)
+  for q, other in zip(seen, np.roll(seen, 1), strict=True):
+    own = questions[q].pixel_values
+    pixels = np.resize(questions[other].pixel_values, own.shape)
+    changed[q] = (pixels != own).any()
+    others[q] = dataclasses.replace(questions[q], pixel_values=pixels)
+  return others, changed
 
 
 def picture_effect(
-  job: Job, learner: Learner, params: Params, tree: Tree, mask: jax.Array
+  learner: Learner,
+  params: Params,
+  packed: Packed,
+  shown: Packed,
+  mask: Bool[np.ndarray, "Q G C"],
 ) -> Metrics:
   """How much completions' logprobs change with another question's pictures.
 
@@ -25,35 +50,32 @@ def picture_effect(
   frequent. Its pictures change nothing, and this is exactly 0.
 
   Args:
-    job: the mesh.
     learner: of the stage.
     params: the policy.
-    tree: packed rows of this host [U Q/U ...].
-    mask: completion_mask, global [U Q/U G C].
+    packed: the groups.
+    shown: likewise, their pictures `exchanged`.
+    mask: tokens of the questions whose pictures were.
 
   Returns:
-    The mean absolute change of a token, over the questions whose pictures were
-    exchanged for others; nothing for text alone.
+    The mean absolute change of a token; nothing where none is counted.
   """
-  if tree.vision is None:
-    return {}
-  pixels = tree.vision.pixel_values
-  others = np.roll(pixels, 1, axis=1)
-  changed = (pixels != others).any(axis=(2, 3))  # [U S]
-  changed = np.repeat(changed, tree.ids.shape[1] // changed.shape[1], axis=1)
-  vision = dataclasses.replace(tree.vision, pixel_values=others)
-  trees = tree, dataclasses.replace(tree, vision=vision)
-  seen, shown_others, changed = sharding.place(
-    job.mesh, (*trees, changed), ("microbatch",)
-  )
-  change = jnp.abs(
-    learner.logprobs(params, seen) - learner.logprobs(params, shown_others)
-  )
-  counted = mask & changed[..., None, None]
-  count = float(jnp.sum(counted))
+  count = float(sharding.sum_over_hosts(mask.sum()))
   if not count:
     return {}
-  return {"picture_effect": (float(jnp.sum(change * counted)), count)}
+  (own,), (other,) = (learner.logprobs([params], p) for p in (packed, shown))
+  total = sharding.sum_over_hosts(np.abs(own - other)[mask].sum())
+  return {"picture_effect": (float(total), count)}
+
+
+def padding(packed: Packed) -> Metrics:
+  """Shares of columns and patches of an update that mean nothing."""
+  found = packed.plan.padding
+  totals = sharding.sum_over_hosts(np.array([*found.values()], np.float64))
+  return {
+    f"padding/{name}": (float(empty), float(size))
+    for name, (empty, size) in zip(found, totals, strict=True)
+    if size
+  }
 
 
 def rollout_metrics(stage: Stage, batch: Batch) -> Metrics:
@@ -164,6 +186,16 @@ def compiled(before: compiling.Tally) -> dict[str, float]:
     "compile": now.seconds - before.seconds,
     "programs": now.programs - before.programs,
   }
+
+
+def stall(timing: Mapping[str, float], seconds: float) -> dict[str, float]:
+  """Seconds of a step in which no device had anything to do.
+
+  Rollout, logprobs and update keep the devices busy, and the host works beside
+  them; whatever else a step waits for are data, rewards and the host's books.
+  """
+  busy = ("rollout", "logprobs", "update")
+  return {"host_stall": seconds - sum(timing.get(name, 0.0) for name in busy)}
 
 
 def speed(

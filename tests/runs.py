@@ -258,7 +258,7 @@ def get_config(arm=""):
     "rollout_questions": 8,
     "update_questions": 8,
     "updates_per_rollout": 1,
-    "microbatches": 1,
+    "microbatch_tokens": 2048,
     "num_completions": 4,
     "max_completion_length": 6,
     "learning_rate": 3e-3,
@@ -283,7 +283,7 @@ def get_config(arm=""):
   })
   config.stages.reason = common.stage(**shared | {
     "steps": 4,
-    "microbatches": 2,
+    "microbatch_tokens": 64,
     "reference": "base",
     "reset_optimizer": False,
   })

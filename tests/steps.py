@@ -34,7 +34,7 @@ def stage_fixture():
     kl_limit=20.0,
     update_questions=8,
     updates_per_rollout=2,
-    microbatches=2,
+    microbatch_tokens=32,
     max_rollouts=1,
     mask_truncated=False,
     asks_old_logprobs=False,
@@ -91,15 +91,49 @@ class Learner:
   def __init__(self):
     self.updates = []
 
-  def logprobs(self, params, tree):
+  def logprobs(self, policies, packed):
+    trees = [packed.tree(u) for u in range(len(packed))]
+    return [
+      packed.collect([self.score(params, tree) for tree in trees])
+      for params in policies
+    ]
+
+  def score(self, params, tree):
     return jnp.full(tree.slots.shape, float(params))
 
-  def update(self, state, experience, rate):
-    self.updates.append((state.params, experience, rate))
-    tokens = float(experience.completion_mask.sum())
+  def update(self, state, microbatches, rate):
+    microbatches = list(microbatches)
+    self.updates.append((state.params, microbatches, rate))
+    tokens = float(sum(micro.completion_mask.sum() for micro in microbatches))
     moved = types.SimpleNamespace(params=state.params + 1)
     one = np.float32(1.0)
     return moved, {"loss": (2 * tokens * one, tokens * one)}
+
+
+def places(tree):
+  """The number of the question at each place of a microbatch; -1: none.
+
+  It stands in the third token of its prompt.
+  """
+  rows = len(tree.ids)
+  numbers = np.full((rows, len(tree.slots) // rows), -1)
+  ids, trees = np.asarray(tree.ids), np.asarray(tree.tree_ids)
+  for row, place in np.argwhere(numbers < 0):
+    own = ids[row, trees[row] == place]
+    if own.size:
+      numbers[row, place] = own[2] - 20
+  return numbers.reshape(-1)
+
+
+def by_question(microbatches, pick):
+  """What is picked of each, [Q ...] in the order of the questions."""
+  found = {}
+  for micro in microbatches:
+    values = np.asarray(pick(micro))
+    for place, question in enumerate(places(micro.tree)):
+      if question >= 0:
+        found[question] = values[place]
+  return np.stack([found[question] for question in sorted(found)])
 
 
 @pytest.fixture(name="learner")

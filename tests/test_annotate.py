@@ -174,7 +174,7 @@ def make_config(project, entry):
     rollout_questions=8,
     update_questions=8,
     updates_per_rollout=1,
-    microbatches=1,
+    microbatch_tokens=2048,
   )
   return config
 

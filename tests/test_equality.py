@@ -24,7 +24,7 @@ def make_account():
     "data": {},
     "steps": 5,
     "temperature": 1.0,
-    "microbatches": 2,
+    "microbatch_tokens": 64,
     "learning_rate": 1e-3,
     "order": "",
   }
@@ -147,7 +147,7 @@ def test_each_setting_is_compared_and_allowed_by_name(path, value, name):
 @pytest.mark.parametrize(
   "path",
   [
-    ("config", "stages", "see", "microbatches"),
+    ("config", "stages", "see", "microbatch_tokens"),
     ("config", "stages", "see", "learning_rate"),  # told by the schedule
     ("config", "stages", "see", "steps"),
     ("config", "stages", "unused", "temperature"),

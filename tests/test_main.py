@@ -68,9 +68,12 @@ def refused(launch, tmp_path):
       "stages.perceive.num_completions: got 1; a group of fewer than 2",
     ),
     (
-      ["stages.reason.update_questions=6", "stages.reason.microbatches=4"],
+      [
+        "stages.reason.update_questions=6",
+        "stages.reason.updates_per_rollout=4",
+      ],
       "stages.reason.update_questions: got 6; expected a multiple of "
-      "updates_per_rollout * microbatches = 4",
+      "updates_per_rollout = 4",
     ),
     (
       ["mesh.data=3"],

@@ -1,11 +1,12 @@
 """Packed-tree rows, checked column by column on the host."""
 
-import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxvlm.data.vision_layout import token_places
-from jaxvlm.packing import pack, unbatch
+from jaxvlm.packing import Packed, pack, plan
 
 LENGTHS = np.array(
   [[3, 1, 2], [1, 1, 1], [4, 4, 4], [2, 0, 1]] * 2
@@ -19,114 +20,202 @@ def completions():
   return ids, np.arange(WIDTH) < LENGTHS[..., None]
 
 
-def packed(questions, completions, layout, microbatches=1):
-  return pack(questions, *completions, microbatches=microbatches, layout=layout)
+@pytest.fixture(scope="module")
+def packed(questions, completions, layout):
+  """(plan, trees) of the eight in microbatches of two rows or so."""
+  found = plan(questions, completions[1], tokens=96, shards=1, layout=layout)
+  trees = [
+    pack(found, u, questions, *completions, layout=layout)
+    for u in range(len(found.groups))
+  ]
+  assert len(trees) > 1
+  return found, trees
 
 
-def test_a_row_is_the_prompt_and_its_completions_without_gaps(
-  questions, completions, layout
-):
-  tree = packed(questions, completions, layout)
-  for q, question in enumerate(questions):
-    parts = [question.prompt_ids] + [
+def each(packed):
+  """(tree, row, place of a tree in it, its question, its columns)."""
+  found, trees = packed
+  for tree, rows in zip(trees, found.groups, strict=True):
+    for r, row in enumerate(rows):
+      for place, q in enumerate(row):
+        if q >= 0:
+          columns = np.flatnonzero(tree.tree_ids[r] == place)
+          yield tree, r, place, int(q), columns
+
+
+def test_each_question_stands_in_one_row(packed):
+  groups = packed[0].groups
+  np.testing.assert_array_equal(np.sort(groups[groups >= 0]), np.arange(8))
+  assert (groups[..., 1] >= 0).any()  # some share theirs
+
+
+def test_rows_are_trees_without_gaps(packed, questions, completions):
+  for tree, r, _, q, columns in each(packed):
+    parts = [questions[q].prompt_ids] + [
       completions[0][q, g, : LENGTHS[q, g]] for g in range(3)
     ]
-    ids = np.concatenate(parts)
-    branches = np.repeat(np.arange(4), [len(part) for part in parts])
-    np.testing.assert_array_equal(tree.ids[0, q, : len(ids)], ids)
-    np.testing.assert_array_equal(tree.branch_ids[0, q, : len(ids)], branches)
-    assert (tree.branch_ids[0, q, len(ids) :] == -1).all()
-    assert (tree.ids[0, q, len(ids) :] == 0).all()
+    np.testing.assert_array_equal(np.diff(columns), 1)
+    np.testing.assert_array_equal(tree.ids[r, columns], np.concatenate(parts))
+    np.testing.assert_array_equal(
+      tree.branch_ids[r, columns],
+      np.repeat(np.arange(4), [len(part) for part in parts]),
+    )
+  for tree in packed[1]:
+    for r, taken in enumerate((tree.tree_ids >= 0).sum(1)):
+      assert (tree.tree_ids[r, :taken] >= 0).all()
+      assert (tree.tree_ids[r, taken:] == -1).all()
+      assert (tree.branch_ids[r, taken:] == -1).all()
 
 
-def test_positions_restart_after_the_prompt_in_each_branch(
-  questions, completions, layout
-):
-  tree = packed(questions, completions, layout)
-  for q, question in enumerate(questions):
-    prompt = len(question.prompt_ids)
-    own = tree.position_ids[0, :, q]
-    np.testing.assert_array_equal(own[:, :prompt], question.position_ids)
+def test_positions_restart_after_the_prompt_in_each_branch(packed, questions):
+  for tree, r, _, q, columns in each(packed):
+    question = questions[q]
     counted = np.concatenate([np.arange(n) for n in LENGTHS[q]])
     expected = question.position_ids[:, -1:] + 1 + counted[None]
     np.testing.assert_array_equal(
-      own[:, prompt : prompt + len(counted)], expected
+      tree.position_ids[:, r, columns],
+      np.concatenate([question.position_ids, expected], axis=1),
     )
 
 
 def test_each_target_is_predicted_by_the_token_before_it_in_its_branch(
-  questions, completions, layout
+  packed, questions, completions
 ):
   ids, mask = completions
-  tree = packed(questions, completions, layout)
-  for q, g, c in zip(*np.nonzero(mask), strict=True):
-    n = tree.slots[0, q, g, c]
-    before = tree.predictors[0, q, n]
-    prompt = questions[q].prompt_ids
-    assert tree.targets[0, q, n] == ids[q, g, c]
-    if c == 0:
-      assert before == len(prompt) - 1
-    else:
-      assert tree.ids[0, q, before] == ids[q, g, c - 1]
-      assert tree.branch_ids[0, q, before] == g + 1
-  np.testing.assert_array_equal(tree.slots[0] >= 0, mask)
-  taken = [np.sort(row[row >= 0]) for row in tree.slots[0].reshape(8, -1)]
-  for q, row in enumerate(taken):
-    np.testing.assert_array_equal(row, np.arange(LENGTHS[q].sum()))
+  for tree, r, place, q, columns in each(packed):
+    room = len(tree.slots) // len(tree.ids)
+    slots = tree.slots[r * room + place]
+    np.testing.assert_array_equal(slots >= 0, mask[q])
+    for g, c in zip(*np.nonzero(mask[q]), strict=True):
+      n = slots[g, c]
+      before = tree.predictors[r, n]
+      assert tree.targets[r, n] == ids[q, g, c]
+      assert n < tree.counts[r]
+      if c == 0:
+        assert before == columns[0] + len(questions[q].prompt_ids) - 1
+      else:
+        assert tree.ids[r, before] == ids[q, g, c - 1]
+        assert tree.branch_ids[r, before] == g + 1
+  for tree in packed[1]:
+    rows = tree.slots.reshape(len(tree.ids), -1)
+    for row, count in zip(rows, tree.counts, strict=True):
+      np.testing.assert_array_equal(np.sort(row[row >= 0]), np.arange(count))
 
 
-def test_visual_tokens_stay_in_the_lane_of_their_question(
+def test_visual_tokens_stay_in_the_lane_of_their_row(packed, questions, layout):
+  for tree, r, _, q, columns in each(packed):
+    question = questions[q]
+    own = tree.vision_index[r, columns]
+    shown = np.flatnonzero(tree.ids[r, columns] == layout.image_token_id)
+    assert (np.delete(own, shown) == -1).all()
+    before = (tree.vision_index[r, : columns[0]] >= 0).sum()
+    places = token_places(question.image_grid_thw, layout)
+    np.testing.assert_array_equal(own[shown], before + places)
+    width = question.pixel_values.shape[1]
+    pixels = tree.vision.pixel_values[r].reshape(-1, 4, width)
+    np.testing.assert_array_equal(
+      pixels[own[shown]], question.pixel_values.reshape(-1, 4, width)
+    )
+
+
+def test_a_microbatch_takes_as_many_tokens_as_asked(
   questions, completions, layout
 ):
-  tree = packed(questions, completions, layout)
-  assert tree.vision.pixel_values.shape[:2] == (1, 8)
-  for q, question in enumerate(questions):
-    index = tree.vision_index[0, q]
-    shown = np.flatnonzero(tree.ids[0, q] == layout.image_token_id)
-    grids = question.image_grid_thw
-    places = token_places(grids, layout)
-    np.testing.assert_array_equal(index[shown], places)
-    assert (np.delete(index, shown) == -1).all()
-    patches, width = question.pixel_values.shape
-    np.testing.assert_array_equal(
-      tree.vision.pixel_values[0, q, :patches].reshape(-1, 4, width)[places],
-      question.pixel_values.reshape(-1, 4, width),
+  for tokens in (32, 64, 128, 1024):
+    found = plan(
+      questions, completions[1], tokens=tokens, shards=1, layout=layout
     )
-    assert (tree.vision.full_segments[0, q, patches:] == -1).all()
+    _, rows, _ = found.groups.shape
+    assert rows * found.columns <= max(tokens, 32)
+  assert found.groups.shape[:2] == (1, 1)
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
-def test_microbatches_are_slices_of_one_shape(
-  questions, completions, layout, microbatches
+def test_every_data_shard_has_as_many_rows(questions, completions, layout):
+  for shards in (2, 4):
+    found = plan(
+      questions, completions[1], tokens=64, shards=shards, layout=layout
+    )
+    assert found.groups.shape[1] % shards == 0
+
+
+def test_padding_is_what_rows_and_lanes_hold_beside_groups(packed):
+  found, trees = packed
+  columns, size = found.padding["columns"]
+  assert size == sum(tree.ids.size for tree in trees)
+  assert columns == sum((tree.tree_ids < 0).sum() for tree in trees)
+  patches, size = found.padding["patches"]
+  segments = [tree.vision.full_segments for tree in trees]
+  assert size == sum(x.size for x in segments)
+  assert patches == sum((x < 0).sum() for x in segments)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  st.lists(st.integers(1, 700), min_size=1, max_size=40),
+  st.sampled_from([64, 512, 2048]),
+  st.integers(1, 4),
+)
+def test_groups_of_any_length_fit_and_padding_is_bounded(
+  layout, questions, lengths, tokens, shards
 ):
-  whole = packed(questions, completions, layout)
-  split = packed(questions, completions, layout, microbatches)
-  for name in ("ids", "branch_ids", "vision_index", "targets", "slots"):
-    np.testing.assert_array_equal(
-      getattr(split, name), unbatch(getattr(whole, name)[0], microbatches)
-    )
-  jax.tree.map(
-    lambda a, b: np.testing.assert_array_equal(a, unbatch(b[0], microbatches)),
-    split.vision,
-    whole.vision,
+  """Half of a batch that fills its rows is not padding, whatever the lengths."""
+  text = questions[2]
+  mask = np.arange(700) < np.array(lengths)[:, None]
+  found = plan(
+    [text] * len(lengths),
+    mask[:, None],
+    tokens=tokens,
+    shards=shards,
+    layout=layout,
   )
+  sizes = np.array(lengths) + len(text.prompt_ids)
+  for row in found.groups.reshape(-1, found.groups.shape[-1]):
+    assert sizes[row[row >= 0]].sum() <= found.columns
+  np.testing.assert_array_equal(
+    np.sort(found.groups[found.groups >= 0]), np.arange(len(lengths))
+  )
+  empty, size = found.padding["columns"]
+  assert size - empty == sizes.sum()
+  if sizes.sum() > 4 * shards * max(tokens, found.columns):
+    assert empty < 0.5 * size
+
+
+def test_what_is_spread_over_microbatches_is_collected(packed):
+  found, trees = packed
+  values = np.random.default_rng(0).normal(size=(8, 3))
+  parts = [found.spread(values, u) for u in range(len(trees))]
+  assert all(len(part) == len(trees[0].slots) for part in parts)
+  np.testing.assert_array_equal(found.collect(parts), values)
+  assert sum((part != 0).sum() for part in parts) == values.size
 
 
 def test_a_batch_of_text_alone_has_no_vision(questions, completions, layout):
-  text = [q for q in questions if not len(q.image_grid_thw)]
   rows = [i for i, q in enumerate(questions) if not len(q.image_grid_thw)]
+  text = [questions[row] for row in rows]
   own = tuple(x[rows] for x in completions)
-  assert packed(text, own, layout).vision is None
+  found = plan(text, own[1], tokens=64, shards=1, layout=layout)
+  assert found.padding["patches"] == (0, 0)
+  assert pack(found, 0, text, *own, layout=layout).vision is None
 
 
 def test_a_microbatch_of_text_beside_one_with_pictures_keeps_a_lane(
   questions, completions, layout
 ):
   rows = [0, 2]  # two pictures; none
+  two = [questions[r] for r in rows]
   own = tuple(x[rows] for x in completions)
-  tree = packed([questions[r] for r in rows], own, layout, 2)
-  assert tree.vision.pixel_values.shape[:2] == (2, 1)
-  assert (tree.vision.full_segments[1] == -1).all()
+  found = plan(two, own[1], tokens=32, shards=1, layout=layout)
+  vision = pack(found, 1, two, *own, layout=layout).vision
+  assert (vision.full_segments == -1).all()
+
+
+def test_a_shard_without_groups_is_padding(questions, completions, layout):
+  """More shards than groups."""
+  own = tuple(x[:1] for x in completions)
+  found = plan(questions[:1], own[1], tokens=64, shards=4, layout=layout)
+  tree = pack(found, 0, questions[:1], *own, layout=layout)
+  assert (tree.tree_ids >= 0).any(1).tolist() == [True, False, False, False]
+  assert tree.counts.tolist() == [LENGTHS[0].sum(), 0, 0, 0]
 
 
 def test_a_masked_group_has_a_prompt_and_no_targets(
@@ -134,6 +223,28 @@ def test_a_masked_group_has_a_prompt_and_no_targets(
 ):
   ids, mask = completions
   kept = mask & (np.arange(8) != 3)[:, None, None]
-  tree = packed(questions, (ids, kept), layout)
-  assert (tree.slots[0, 3] == -1).all()
-  assert (tree.branch_ids[0, 3] >= 0).sum() == len(questions[3].prompt_ids)
+  found = plan(questions, kept, tokens=1024, shards=1, layout=layout)
+  tree = pack(found, 0, questions, ids, kept, layout=layout)
+  assert (tree.slots[3] == -1).all()
+  own = tree.tree_ids[0] == found.groups[0, 0].tolist().index(3)
+  assert own.sum() == len(questions[3].prompt_ids)
+
+
+def test_microbatches_come_as_global_arrays(
+  questions, completions, layout, make_mesh
+):
+  packed = Packed(
+    questions,
+    *completions,
+    tokens=64,
+    mesh=make_mesh(2, 1, 1),
+    layout=layout,
+  )
+  values = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+  parts = [packed.place(values, u) for u in range(len(packed))]
+  for u, part in enumerate(parts):
+    tree = packed.tree(u)
+    assert len(part) == len(tree.slots)
+    assert len(tree.ids.addressable_shards) == 2
+  np.testing.assert_array_equal(packed.collect(parts), values)
+  assert packed.place(None, 0) is None

@@ -182,7 +182,9 @@ def logits(network, params, question):
     params, prompts.prompt_ids, prompts.vision_index, features
   )
   branches = jnp.where(prompts.prompt_mask, 0, -1)
-  hidden = network.forward(params, embeds, prompts.position_ids, branches)
+  hidden = network.forward(
+    params, embeds, prompts.position_ids, branches, branches
+  )
   return (hidden @ network.head(params))[0, : len(question.prompt_ids)]
 
 

@@ -106,12 +106,6 @@ def test_a_batch_comes_back_from_the_devices_as_it_went(
   )
 
 
-def test_a_leading_axis_is_not_split(make_mesh):
-  mesh = make_mesh(4, 2, 1)
-  placed = sharding.place(mesh, np.zeros((2, 8, 3)), ("microbatch",))
-  assert placed.sharding.shard_shape((2, 8, 3)) == (2, 1, 3)
-
-
 def test_to_host_takes_this_hosts_rows_once_and_in_order():
   def shard(start, value):
     return types.SimpleNamespace(

@@ -30,7 +30,7 @@ def make_stage(**changes):
       "max_rollouts": 1,
       "update_questions": 16,
       "updates_per_rollout": 2,
-      "microbatches": 2,
+      "microbatch_tokens": 64,
       "num_completions": 4,
       "max_completion_length": 32,
       "temperature": 0.8,
@@ -131,7 +131,11 @@ def make_stage(**changes):
       "rollout_questions = update_questions; expected 1",
     ),
     ({"steps": 0}, "steps: got 0", "expected at least 1"),
-    ({"microbatches": 0}, "microbatches: got 0", "expected at least 1"),
+    (
+      {"microbatch_tokens": 0},
+      "microbatch_tokens: got 0",
+      "expected at least 1",
+    ),
     ({"logprob_chunk": -1}, "logprob_chunk: got -1", "expected at least 1"),
     ({"kl_coef": -0.1}, "kl_coef: got -0.1", "expected 0 or more"),
     ({"lr_warmup": -1}, "lr_warmup: got -1", "expected 0 or more"),
@@ -155,9 +159,9 @@ def make_stage(**changes):
       "expected at most rollout_questions = 16",
     ),
     (
-      {"update_questions": 10},
-      "update_questions: got 10",
-      "expected a multiple of updates_per_rollout * microbatches = 4",
+      {"update_questions": 9},
+      "update_questions: got 9",
+      "expected a multiple of updates_per_rollout = 2",
     ),
     (
       {"reference": "none"},
@@ -202,23 +206,22 @@ def test_what_sft_does_not_read_may_be_anything():
 
 
 @pytest.mark.parametrize(
-  ("changes", "shards", "message"),
+  ("changes", "hosts", "message"),
   [
     ({}, 3, "rollout_questions: got 16; expected a multiple of 3 "),
     (
       {"update_questions": 8, "rollout_questions": 16},
-      4,
-      "update_questions: got 8; expected a multiple of 16 "
-      r"\(4 data shards, 2 updates of 2 microbatches\)",
+      8,
+      r"update_questions: got 8; expected a multiple of 16 \(8 hosts, 2 updates",
     ),
   ],
 )
-def test_questions_that_the_mesh_does_not_divide_are_refused(
-  changes, shards, message
+def test_questions_that_mesh_or_hosts_do_not_divide_are_refused(
+  changes, hosts, message
 ):
-  make_stage(**changes).check_shards(2)
+  make_stage(**changes).check_shards(8, 2)
   with pytest.raises(ValueError, match=message):
-    make_stage(**changes).check_shards(shards)
+    make_stage(**changes).check_shards(hosts, hosts)
 
 
 @pytest.mark.parametrize(

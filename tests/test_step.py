@@ -1,6 +1,7 @@
 """What the lines of the loop hand to the learner; the learner is scripted."""
 
 import dataclasses
+import operator
 import types
 
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from tests.steps import (  # noqa: F401
   REWARDS,
   advantages_of,
   batch_fixture,
+  by_question,
   completions_fixture,
   job_fixture,
   learner_fixture,
+  places,
   scores_fixture,
   stage_fixture,
 )
@@ -166,31 +169,26 @@ def learn(job, stage, learner, batch, at=5):
   return step.learn(job, stage, learner, state, batch, at)
 
 
-@pytest.mark.parametrize("size", [8, 6])
+@pytest.mark.parametrize("asked", [True, False])
 def test_logprobs_are_of_the_policy_that_sampled_and_of_the_reference(
-  job, stage, learner, questions, completions, size
+  job, stage, learner, questions, completions, asked
 ):
-  """In pieces of an update's size: the last is filled up."""
-  stage.asks_old_logprobs, stage.update_questions = True, size
-  stage.microbatches = size // 2 // (1 if size == 6 else 2)
-  seen = []
+  stage.asks_old_logprobs = asked
 
-  def logprobs(params, tree):
-    seen.append(tree.slots.shape[:2])
-    rows = jnp.asarray(tree.ids[:, :, 0], jnp.float32)[..., None, None]
+  def score(params, tree):
+    rows = jnp.asarray(places(tree), jnp.float32)[:, None, None]
     return params + jnp.broadcast_to(rows, tree.slots.shape)
 
-  learner.logprobs = logprobs
+  learner.score = score
   old, ref = step.policy_logprobs(
     job, stage, learner, 10.0, 3.0, questions, completions
   )
-  first = np.array([q.prompt_ids[0] for q in questions], np.float32)
-  expected = np.broadcast_to(first[:, None, None], (8, 3, 4))
-  np.testing.assert_array_equal(old, 10 + expected)
+  expected = np.broadcast_to(np.arange(8)[:, None, None], (8, 3, 4))
   np.testing.assert_array_equal(ref, 3 + expected)
-  pieces = -(-8 // (size // 2))
-  assert len(seen) == 2 * pieces
-  assert all(np.prod(shape) == size // 2 for shape in seen)
+  if asked:
+    np.testing.assert_array_equal(old, 10 + expected)
+  else:
+    assert old is None
 
 
 def test_logprobs_that_nobody_asks_for_cost_no_pass(
@@ -210,13 +208,21 @@ def test_several_updates_take_turns_and_share_the_old_logprobs(
 ):
   old = np.arange(96, dtype=np.float32).reshape(8, 3, 4)
   batch = advantages_of(stage, questions, completions, scores, old, 2 * old)
-  state, _, _ = learn(job, stage, learner, batch)
+  state, _ = learn(job, stage, learner, batch)
   assert state.params == 12.0
   assert [params for params, _, _ in learner.updates] == [10.0, 11.0]
-  for i, (_, experience, _) in enumerate(learner.updates):
-    own = old.reshape(2, 2, 2, 3, 4)[i]
-    np.testing.assert_array_equal(experience.old_logprobs, own)
-    np.testing.assert_array_equal(experience.ref_logprobs, 2 * own)
+  for i, (_, found, _) in enumerate(learner.updates):
+    own = old[4 * i : 4 * i + 4]
+    for name, expected in (("old_logprobs", own), ("ref_logprobs", 2 * own)):
+      values = by_question(found, operator.attrgetter(name))
+      np.testing.assert_array_equal(values, expected)
+
+
+def masks_of(learner):
+  return by_question(
+    [micro for _, found, _ in learner.updates for micro in found],
+    lambda micro: micro.completion_mask,
+  )
 
 
 def test_truncated_completions_are_masked_out_where_asked(
@@ -224,12 +230,7 @@ def test_truncated_completions_are_masked_out_where_asked(
 ):
   stage.mask_truncated = True
   learn(job, stage, learner, batch)
-  masks = np.concatenate(
-    [
-      np.asarray(e.completion_mask).reshape(4, 3, 4)
-      for _, e, _ in learner.updates
-    ]
-  )
+  masks = masks_of(learner)
   cut = batch.rollout.truncated | FAILED[:, None]
   assert cut.sum() > FAILED.sum() * 3
   np.testing.assert_array_equal(masks.any(-1), ~cut)
@@ -238,24 +239,22 @@ def test_truncated_completions_are_masked_out_where_asked(
 def test_each_update_learns_from_its_share_at_its_own_rate(
   job, stage, learner, batch
 ):
-  _, metrics, last = learn(job, stage, learner, batch)
+  _, metrics = learn(job, stage, learner, batch)
   rates = [rate for _, _, rate in learner.updates]
   assert rates == pytest.approx([0.1 * 10, 0.1 * 11])
-  found = [experience for _, experience, _ in learner.updates]
-  assert last is found[-1]
-  for name, whole in (
-    ("advantages", batch.advantages),
-    ("sampler_logprobs", batch.rollout.sampler_logprobs),
-  ):
-    parts = [np.asarray(getattr(e, name)) for e in found]
+  updates = [found for _, found, _ in learner.updates]
+  assert all(len(found) > 1 for found in updates)
+  for i, found in enumerate(updates):
+    taken = np.concatenate([places(micro.tree) for micro in found])
     np.testing.assert_array_equal(
-      np.concatenate([x.reshape(4, *x.shape[2:]) for x in parts]), whole
+      np.sort(taken[taken >= 0]), np.arange(4 * i, 4 * i + 4)
     )
-  for i, experience in enumerate(found):
-    ids = np.asarray(experience.tree.ids).reshape(4, -1)
-    for row, question in zip(ids, batch.questions[4 * i :], strict=False):
-      prompt = question.prompt_ids
-      np.testing.assert_array_equal(row[: len(prompt)], prompt)
+    for name, whole in (
+      ("advantages", batch.advantages),
+      ("sampler_logprobs", batch.rollout.sampler_logprobs),
+    ):
+      values = by_question(found, operator.attrgetter(name))
+      np.testing.assert_array_equal(values, whole[4 * i : 4 * i + 4])
   assert metrics["learning_rate"] == pytest.approx((2.1, 2.0))
   tokens = batch.rollout.completion_mask[~FAILED].sum()
   assert metrics["loss"] == (2 * tokens, tokens)
@@ -263,15 +262,10 @@ def test_each_update_learns_from_its_share_at_its_own_rate(
 
 def test_failed_groups_are_masked_out(job, stage, learner, batch):
   learn(job, stage, learner, batch)
-  masks = np.concatenate(
-    [
-      np.asarray(e.completion_mask).reshape(4, 3, 4)
-      for _, e, _ in learner.updates
-    ]
-  )
-  slots = np.concatenate(
-    [np.asarray(e.tree.slots).reshape(4, 3, 4) for _, e, _ in learner.updates]
+  slots = by_question(
+    [micro for _, found, _ in learner.updates for micro in found],
+    lambda micro: micro.tree.slots,
   )
   expected = batch.rollout.completion_mask & ~FAILED[:, None, None]
-  np.testing.assert_array_equal(masks, expected)
+  np.testing.assert_array_equal(masks_of(learner), expected)
   np.testing.assert_array_equal(slots >= 0, expected)

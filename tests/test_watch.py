@@ -34,27 +34,35 @@ def learn(job, stage, learner, batch):
 class Seeing(Learner):
   """A token's logprob is how bright its question's pictures are."""
 
-  def logprobs(self, params, tree):
-    if tree.vision is None:
-      return jnp.zeros(tree.slots.shape)
-    light = tree.vision.pixel_values.sum((2, 3))[..., None, None]
+  def score(self, params, tree):
+    light = np.zeros((*tree.slots.shape[:1], 1, 1), np.float32)
+    if tree.vision is not None:
+      room = len(tree.slots) // len(tree.ids)
+      pixels = np.asarray(tree.vision.pixel_values)
+      merged = pixels.reshape(len(pixels), -1, 4, pixels.shape[-1]).sum((2, 3))
+      for place in range(len(light)):
+        row, own = divmod(place, room)
+        mine = np.asarray(tree.tree_ids[row]) == own
+        index = np.asarray(tree.vision_index[row])[mine]
+        light[place] = merged[row, index[index >= 0]].sum()
     return params * jnp.broadcast_to(light, tree.slots.shape)
 
 
 def test_the_effect_of_pictures_is_what_exchanging_them_changes(
   job, stage, batch
 ):
-  """Of each microbatch a question is shown the pictures of the one before."""
+  """A question is shown the pictures of the one before that has some."""
   stage.updates_per_rollout = 1
   job.config["limits"]["blind_every"] = 5
   metrics = learn(job, stage, Seeing(), batch)
-  light = np.array([q.pixel_values.sum() for q in batch.questions])
-  change = np.abs(light.reshape(2, 4) - np.roll(light.reshape(2, 4), 1, 1))
-  seen = [len(q.pixel_values) > 0 for q in batch.questions]
-  other = np.array(seen).reshape(2, 4)
-  other |= np.roll(other, 1, 1)
+  seen = [q.pixel_values for q in batch.questions if len(q.pixel_values)]
+  change = np.zeros(len(batch.questions))
+  change[[len(q.pixel_values) > 0 for q in batch.questions]] = [
+    np.abs(own.sum() - np.resize(other, own.shape).sum())
+    for own, other in zip(seen, [seen[-1], *seen[:-1]], strict=True)
+  ]
   mask = batch.rollout.completion_mask & ~FAILED[:, None, None]
-  tokens = mask.sum((1, 2)).reshape(2, 4) * other
+  tokens = mask.sum((1, 2)) * (change > 0)
   total, count = metrics["picture_effect"]
   assert count == tokens.sum() > 0
   assert total == pytest.approx(10 * (change * tokens).sum(), rel=1e-4)

@@ -50,7 +50,7 @@ from jaxvlm.data.vision_layout import (
   token_places,
 )
 from jaxvlm.learner import Learner, Objective, Optimizer
-from jaxvlm.packing import pack, unbatch
+from jaxvlm.packing import Packed
 from jaxvlm.rl import advantages
 from jaxvlm.rollout.sampler import Draws, Sampler
 from jaxvlm.types import Example, Experience, Question
@@ -80,10 +80,10 @@ _HZ = os.sysconf("SC_CLK_TCK")
 class Lab:
   """A model of the work folder: weights, arrays, sampler and learner."""
 
-  def __init__(self, directory: pathlib.Path, microbatches: int):
+  def __init__(self, directory: pathlib.Path, microbatch_tokens: int):
     self.arrays = dict(np.load(directory / "inputs.npz"))
     self.group, self.length = int(self.arrays["G"]), int(self.arrays["R"])
-    self.microbatches = microbatches
+    self.microbatch_tokens = microbatch_tokens
     self.config = json.loads((directory / "policy/config.json").read_text())
     self.layout = Layout.from_config(self.config)
     first = np.array(jax.devices()[:1]).reshape(1, 1, 1)
@@ -175,20 +175,15 @@ class Lab:
       -1, self.group, *self.arrays[name].shape[1:]
     )
 
-  def place(self, x: np.ndarray) -> jax.Array:
-    return sharding.place(
-      self.mesh, unbatch(x, self.microbatches), ("microbatch",)
-    )
-
-  def tree(self, questions: list[Question], ids: np.ndarray) -> Any:
-    packed = pack(
+  def pack(self, questions: list[Question], ids: np.ndarray) -> Packed:
+    return Packed(
       questions,
       ids.astype(np.int32),
       np.ones(ids.shape, bool),
-      microbatches=self.microbatches,
+      tokens=self.microbatch_tokens,
+      mesh=self.mesh,
       layout=self.layout,
     )
-    return sharding.place(self.mesh, packed, ("microbatch",))
 
   def update(
     self,
@@ -199,17 +194,23 @@ class Lab:
     old: np.ndarray | None,
     reference: Any,
   ) -> tuple[Any, dict[str, Any]]:
-    tree = self.tree(questions, ids)
-    experience = Experience(
-      tree=tree,
-      completion_mask=self.place(np.ones(ids.shape, bool)),
-      advantages=self.place(values.astype(np.float32)),
-      groups=self.place(np.ones((len(ids), 1), bool)),
-      sampler_logprobs=self.place(np.zeros(ids.shape, np.float32)),
-      old_logprobs=None if old is None else self.place(old),
-      ref_logprobs=self.learner.logprobs(reference, tree),
-    )
-    state, metrics = self.learner.update(state, experience, RATE)
+    packed = self.pack(questions, ids)
+    (known,) = self.learner.logprobs([reference], packed)
+
+    def experience(u: int) -> Experience:
+      place = functools.partial(packed.place, u=u)
+      return Experience(
+        tree=packed.tree(u),
+        completion_mask=place(np.ones(ids.shape, bool)),
+        advantages=place(values.astype(np.float32)),
+        groups=place(np.ones((len(ids), 1), bool)),
+        sampler_logprobs=place(np.zeros(ids.shape, np.float32)),
+        old_logprobs=place(old),
+        ref_logprobs=place(known),
+      )
+
+    microbatches = map(experience, range(len(packed)))
+    state, metrics = self.learner.update(state, microbatches, RATE)
     return state, jax.device_get(metrics)
 
 
@@ -232,8 +233,7 @@ def rollout(lab: Lab, *, limited: bool) -> tuple[Callable[[], Any], float, Any]:
     assert found.completion_mask.sum() == tokens
 
   ids = lab.groups("completions")
-  logprobs = lab.learner.logprobs(lab.params, lab.tree(questions, ids))
-  logprobs = np.asarray(logprobs).reshape(ids.shape)
+  (logprobs,) = lab.learner.logprobs([lab.params], lab.pack(questions, ids))
   error = np.abs(logprobs - lab.groups("policy_logps")).max()
   return run, tokens, {"max_abs_logp_err": float(error)}
 
@@ -453,13 +453,13 @@ def main() -> None:
   parser.add_argument("--work", required=True, choices=sorted(METRICS))
   parser.add_argument("--work-dir", required=True, type=pathlib.Path)
   parser.add_argument("--reps", type=int, help="repetitions that count")
-  parser.add_argument("--microbatches", type=int, default=1)
+  parser.add_argument("--microbatch_tokens", type=int, default=2048)
   parser.add_argument("--variant", default="")
   given = parser.parse_args()
   directory = given.work_dir / given.model
   if not (directory / "inputs.npz").is_file():
     sys.exit(f"bench: {directory} has no inputs.npz; see --help.")
-  lab = Lab(directory, given.microbatches)
+  lab = Lab(directory, given.microbatch_tokens)
   run, amount, check = WORKS[given.work](lab)
   reps = given.reps or REPS.get(given.model.rpartition("-")[2], 5)
   walls, others, first = timed(run, reps)

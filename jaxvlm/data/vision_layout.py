@@ -242,10 +242,11 @@ def needed(
     sum(len(q.pixel_values) for q in part)
     for part in slices_of(questions, lanes)
   )
-  return capacity(longest, 16), _patch_capacity(patches, layout)
+  return capacity(longest, 16), patch_capacity(patches, layout)
 
 
-def _patch_capacity(patches: int, layout: Layout) -> int:
+def patch_capacity(patches: int, layout: Layout) -> int:
+  """The lane that holds so many patches; 0 for none."""
   tokens = patches // layout.patches_per_token
   return capacity(tokens, 4) * layout.patches_per_token if tokens else 0
 
@@ -255,6 +256,7 @@ def pack_vision(
   *,
   layout: Layout,
   patches: int | None = None,
+  width: int | None = None,
 ) -> Vision | None:
   """One lane of patches for each slice of questions.
 
@@ -262,6 +264,7 @@ def pack_vision(
     slices: the questions beside each lane, in order.
     layout: of the checkpoint.
     patches: L. None: the capacity of the fullest lane. 0: text alone.
+    width: numbers of a patch. None: as the first question has it.
 
   Returns:
     A lane has its pictures first, those of a question together, then padding:
@@ -272,7 +275,7 @@ def pack_vision(
   """
   counts = [sum(len(q.pixel_values) for q in part) for part in slices]
   if patches is None:
-    patches = _patch_capacity(max(counts), layout)
+    patches = patch_capacity(max(counts), layout)
   if max(counts) > patches or patches % layout.patches_per_token:
     raise ValueError(
       f"lanes of {counts} patches do not fit the capacity {patches}, which "
@@ -280,7 +283,8 @@ def pack_vision(
     )
   if patches == 0:
     return None
-  width = next(q.pixel_values.shape[1] for part in slices for q in part)
+  if width is None:
+    width = next(q.pixel_values.shape[1] for part in slices for q in part)
   lanes = (len(slices), patches)
 
   def filled(value: int) -> np.ndarray:

@@ -163,19 +163,21 @@ class Network:
     self,
     params: Params,
     embeds: Embeds,
-    position_ids: Int[Array, "3 Q T"],
-    branch_ids: Int[Array, "Q T"],
-  ) -> Float[Array, "Q T D"]:
+    position_ids: Int[Array, "3 R T"],
+    tree_ids: Int[Array, "R T"],
+    branch_ids: Int[Array, "R T"],
+  ) -> Float[Array, "R T D"]:
     """Hidden states of packed trees, after the last norm.
 
-    A query sees a key that is not later and lies in the prompt (branch 0) or
-    in its own branch. Padding (-1) sees nothing, and no one sees it.
+    A query sees a key of its tree that is not later and lies in the prompt
+    (branch 0) or in its own branch. Padding (-1) sees nothing, and no one sees
+    it.
     """
     decoder = _merge(self.skeleton.language_model, params["language_model"])
     x, _ = decoder(
       embeds,
       position_ids,
-      of_trees(branch_ids),
+      of_trees(tree_ids, branch_ids),
       keep_cache=False,
       remat=self.remat,
     )
@@ -198,10 +200,11 @@ class Network:
   ) -> tuple[Float[Array, "Q D"], list[KVCache]]:
     """Hidden state of each prompt's last token, and its K and V by layer."""
     decoder = _merge(self.skeleton.language_model, params["language_model"])
+    prompts = jnp.where(prompt_mask, 0, -1)
     x, caches = decoder(
       embeds,
       position_ids,
-      of_trees(jnp.where(prompt_mask, 0, -1)),
+      of_trees(prompts, prompts),
       keep_cache=True,
       remat=self.remat,
     )

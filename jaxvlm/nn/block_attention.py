@@ -64,15 +64,18 @@ class Visibility:
   num_queries: Int[Array, " n"]
 
 
-def of_trees(branch_ids: Int[Array, "B T"]) -> Visibility:
-  """Packed trees: the prompt (0), and of the completions one's own.
+def of_trees(
+  tree_ids: Int[Array, "B T"], branch_ids: Int[Array, "B T"]
+) -> Visibility:
+  """Packed trees: one's own prompt (0), and of its completions one's own.
 
-  Keys that are later are hidden. Padding is -1.
+  Keys that are later are hidden. Padding is -1. Blocks are skipped where trees,
+  and the branches of each, rise.
   """
   columns = jnp.arange(branch_ids.shape[1], dtype=jnp.int32)
   return _visibility(
     Tokens(
-      segments=jnp.minimum(branch_ids, 0),
+      segments=tree_ids,
       branches=jnp.maximum(branch_ids, 0),
       ranks=jnp.broadcast_to(columns, branch_ids.shape),
     )

@@ -1,9 +1,9 @@
 """Log-probabilities of tokens, without ever holding all logits."""
 
+import dataclasses
 import functools
 from typing import Any
 
-import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -44,10 +44,12 @@ def token_logits(
 
 
 def token_logprobs(
-  hidden: Float[Array, "*B N D"],
+  hidden: Float[Array, "*B T D"],
   head: Float[Array, "D V"],
+  predictors: Int[Array, "*B N"],
   targets: Int[Array, "*B N"],
   *,
+  counts: Int[Array, "*B"],
   temperature: float,
   banned: Bool[Array, " V"],
   chunk: int,
@@ -55,17 +57,21 @@ def token_logprobs(
 ) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"]]:
   """Log-probability of each target, and the entropy it was drawn with.
 
-  `chunk` columns of every row are done at a time, and again from the hidden
-  states in the backward pass, so at most [*B, chunk, V] logits exist. Rows are
-  never mixed: a batch that is sharded over rows stays so.
+  `chunk` targets of every row are done at a time, and again from the hidden
+  states in the backward pass, so at most [*B, chunk, V] logits exist; chunks
+  past the row with most targets cost nothing. Rows are never mixed: a batch
+  that is sharded over rows stays so.
 
   Args:
-    hidden: final hidden states, column n of which predicts targets[..., n].
+    hidden: final hidden states.
     head: output matrix.
+    predictors: columns of `hidden` that predict the targets.
     targets: ids; those of padding may be anything in [0, V).
+    counts: how many targets each row has, its first ones; the others may get
+      any score, without a gradient.
     temperature: divides the logits, as it did when sampling.
     banned: ids that cannot be sampled.
-    chunk: columns at a time.
+    chunk: targets at a time.
     entropy_gradient: whether the entropy has one too, which costs memory and
       time where it is only watched.
 
@@ -76,112 +82,165 @@ def token_logprobs(
   width = targets.shape[-1]
   chunk = min(chunk, width)
   padding = [(0, 0)] * (targets.ndim - 1) + [(0, -width % chunk)]
-  hidden = jnp.pad(hidden, [*padding, (0, 0)])
-  targets = jnp.pad(targets, padding)
-  logprobs, entropy = _scores(
-    temperature,
-    entropy_gradient,
-    einops.rearrange(hidden, "... (n c) d -> n ... c d", c=chunk),
+  predictors, targets = (jnp.pad(x, padding) for x in (predictors, targets))
+  scores = _scores(
+    _Static(temperature=temperature, chunk=chunk, learned=entropy_gradient),
+    hidden,
     head,
-    einops.rearrange(targets, "... (n c) -> n ... c", c=chunk),
+    predictors,
+    targets,
+    -(-jnp.max(counts) // chunk),
     banned,
   )
-  logprobs, entropy = (
-    einops.rearrange(x, "n ... c -> ... (n c)")[..., :width]
-    for x in (logprobs, entropy)
-  )
+  logprobs, entropy = (x[..., :width] for x in scores)
   return logprobs, entropy
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Static:
+  temperature: float
+  chunk: int
+  learned: bool  # whether the entropy has a gradient
+
+  def take(self, x: jax.Array, i: jax.Array) -> jax.Array:
+    """The i-th chunk of columns."""
+    return jax.lax.dynamic_slice_in_dim(
+      x, i * self.chunk, self.chunk, axis=x.ndim - 1
+    )
+
+  def put(self, x: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(
+      x, part, i * self.chunk, axis=x.ndim - 1
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scores(
-  temperature: float,
-  entropy_gradient: bool,
-  hidden: Float[Array, "n *B c D"],
+  static: _Static,
+  hidden: Float[Array, "*B T D"],
   head: Float[Array, "D V"],
-  targets: Int[Array, "n *B c"],
+  predictors: Int[Array, "*B N"],
+  targets: Int[Array, "*B N"],
+  chunks: Int[Array, ""],
   banned: Bool[Array, " V"],
-) -> tuple[Float[Array, "n *B c"], Float[Array, "n *B c"]]:
+) -> tuple[Float[Array, "*B N"], Float[Array, "*B N"]]:
   """Logprobs and entropy, a chunk after the other."""
-  return _forward(temperature, entropy_gradient, hidden, head, targets, banned)[
-    0
-  ]
+  return _forward(static, hidden, head, predictors, targets, chunks, banned)[0]
 
 
 def _forward(
-  temperature: float,
-  entropy_gradient: bool,
+  static: _Static,
   hidden: jax.Array,
   head: jax.Array,
+  predictors: jax.Array,
   targets: jax.Array,
+  chunks: jax.Array,
   banned: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
-  del entropy_gradient
-
-  def score(_: None, columns: Any) -> tuple[None, Any]:
-    hidden, targets = columns
-    logits = token_logits(hidden, head, temperature=temperature, banned=banned)
+  def score(i: jax.Array, found: Any) -> Any:
+    logits = token_logits(
+      _columns(hidden, static.take(predictors, i)),
+      head,
+      temperature=static.temperature,
+      banned=banned,
+    )
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     # A masked sum where a gather would do: it stays local to each shard of V.
-    chosen = jnp.sum(jnp.where(_is(targets, logits), logits, 0.0), axis=-1)
+    chosen = _is(static.take(targets, i), logits)
+    chosen = jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
     logprobs = logits - normaliser[..., None]
     entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-    return None, (chosen - normaliser, entropy, normaliser)
+    parts = (chosen - normaliser, entropy, normaliser)
+    return tuple(
+      static.put(x, part, i) for x, part in zip(found, parts, strict=True)
+    )
 
-  _, found = jax.lax.scan(score, None, (hidden, targets))
-  logprobs, entropy, normaliser = found
+  zeros = jnp.zeros(targets.shape, jnp.float32)
+  logprobs, entropy, normaliser = jax.lax.fori_loop(
+    0, chunks, score, (zeros, zeros, zeros)
+  )
   return (logprobs, entropy), (
-    *(hidden, head, targets, banned),
+    *(hidden, head, predictors, targets, chunks, banned),
     *(entropy, normaliser),
   )
 
 
 def _backward(
-  temperature: float,
-  entropy_gradient: bool,
-  kept: Any,
-  gradients: tuple[jax.Array, jax.Array],
+  static: _Static, kept: Any, gradients: tuple[jax.Array, jax.Array]
 ) -> tuple[Any, ...]:
   """With p the softmax of logits z and H its entropy,
 
   d logprob / dz = onehot - p and dH / dz = -p (log p + H).
   """
-  hidden, head, targets, banned, entropy, normaliser = kept
+  hidden, head, predictors, targets, chunks, banned, entropy, normaliser = kept
+  temperature = static.temperature
 
-  def slope(total: jax.Array, columns: Any) -> tuple[jax.Array, jax.Array]:
-    hidden, targets, entropy, normaliser, (of_logprob, of_entropy) = columns
-    logits = token_logits(hidden, head, temperature=temperature, banned=banned)
-    logprobs = logits - normaliser[..., None]
-    pull = of_logprob[..., None]
-    if entropy_gradient:
-      pull += of_entropy[..., None] * (logprobs + entropy[..., None])
+  def slope(i: jax.Array, totals: Any) -> Any:
+    of_hidden, of_head = totals
+    own, entropies, tops, of_logprob, of_entropy = (
+      static.take(x, i)[..., None]
+      for x in (targets, entropy, normaliser, *gradients)
+    )
+    columns = static.take(predictors, i)
+    states = _columns(hidden, columns)
+    logits = token_logits(states, head, temperature=temperature, banned=banned)
+    logprobs = logits - tops
+    pull = of_logprob
+    if static.learned:
+      pull = pull + of_entropy * (logprobs + entropies)
     found = -jnp.exp(logprobs) * pull
-    found += jnp.where(_is(targets, logits), of_logprob[..., None], 0.0)
+    found += jnp.where(_is(own[..., 0], logits), of_logprob, 0.0)
     # A banned logit is a constant, also where it is padding's target.
     found = banned_logits(found, banned, 0.0) / temperature
     found = found.astype(hidden.dtype)
-    total += jnp.einsum(
+    of_head += jnp.einsum(
       "nd,nv->dv",
-      hidden.reshape(-1, hidden.shape[-1]),
+      states.reshape(-1, states.shape[-1]),
       found.reshape(-1, found.shape[-1]),
       preferred_element_type=jnp.float32,
     )
-    return total, jnp.einsum(
+    pulled = jnp.einsum(
       "...v,dv->...d",
       found,
       head.astype(hidden.dtype),
       preferred_element_type=jnp.float32,
-    ).astype(hidden.dtype)
+    )
+    return _add_columns(of_hidden, columns, pulled), of_head
 
-  of_head, of_hidden = jax.lax.scan(
+  of_hidden, of_head = jax.lax.fori_loop(
+    0,
+    chunks,
     slope,
-    jnp.zeros(head.shape, jnp.float32),
-    (hidden, targets, entropy, normaliser, gradients),
+    (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32)),
   )
-  return of_hidden, of_head.astype(head.dtype), None, None
+  return (
+    *(of_hidden.astype(hidden.dtype), of_head.astype(head.dtype)),
+    *(None, None, None, None),
+  )
 
 
 _scores.defvjp(_forward, _backward)
+
+
+def _columns(
+  hidden: Float[Array, "*B T D"], columns: Int[Array, "*B c"]
+) -> Float[Array, "*B c D"]:
+  return jnp.take_along_axis(hidden, columns[..., None], axis=-2)
+
+
+def _add_columns(
+  total: Float[Array, "*B T D"],
+  columns: Int[Array, "*B c"],
+  parts: Float[Array, "*B c D"],
+) -> Float[Array, "*B T D"]:
+  """Adds to these columns, as often as each is named."""
+
+  def row(total: jax.Array, columns: jax.Array, parts: jax.Array) -> jax.Array:
+    return total.at[columns].add(parts)
+
+  for _ in range(columns.ndim - 1):
+    row = jax.vmap(row)
+  return row(total, columns, parts)
 
 
 def _is(

@@ -15,7 +15,7 @@ from jaxvlm.data.vision_layout import Layout, collate, needed
 from jaxvlm.models import Network
 from jaxvlm.rollout import slots as programs
 from jaxvlm.rollout.slots import Draws, Program
-from jaxvlm.types import Params, Prompts, Question, Rollout
+from jaxvlm.types import Params, Prompts, Question, Rollout, record
 
 # Rows decode in fewer blocks when a quarter of them is left: with halves a step
 # costs less still, but compiling twice as many programs costs more than that.
@@ -23,7 +23,15 @@ _SHRINK = 4
 # Rows of a data shard that cost as much as one would.
 _FEWEST = {"cpu": 8, "gpu": 64, "tpu": 64}
 
-__all__ = ["Draws", "Sampler", "ladder"]
+__all__ = ["Draws", "Sampler", "Weights", "ladder"]
+
+
+@record
+class Weights:
+  """What `Sampler.weights` makes of a policy's."""
+
+  prefill: Params
+  decode: Params  # no tower, and each layer's cut out of its stack
 
 
 class Sampler:
@@ -48,19 +56,21 @@ class Sampler:
     self.layout = layout
     self.slots = slots
 
-  def weights(self, params: Params) -> Params:
-    """The policy's weights as decoding reads them: cast, gathered over fsdp.
+  def weights(self, params: Params) -> Weights:
+    """The policy's weights as sampling reads them: cast, gathered over fsdp.
 
-    Where they already lie so (one fsdp shard, same dtype) nothing is copied.
+    Where they already lie so (one fsdp shard, same dtype) those of prefill are
+    not copied.
     """
-    network = self.network
-    if self.mesh.shape["fsdp"] == 1 and network.param_dtype == network.dtype:
-      return params
-    return _gather(network, self.mesh, params)
+    network, mesh = self.network, self.mesh
+    if mesh.shape["fsdp"] > 1 or network.param_dtype != network.dtype:
+      params = _gather(network, mesh, params)
+    with sharding.use(mesh):
+      return Weights(prefill=params, decode=programs.unstack(network, params))
 
   def sample(
     self,
-    weights: Params,
+    weights: Weights,
     questions: Sequence[Question],
     *,
     key: Key[Array, ""],
@@ -83,7 +93,7 @@ class Sampler:
 
   def start(
     self,
-    weights: Params,
+    weights: Weights,
     questions: Sequence[Question],
     *,
     key: Key[Array, ""],
@@ -124,7 +134,7 @@ class _Decoding:
   def __init__(
     self,
     sampler: Sampler,
-    weights: Params,
+    weights: Weights,
     questions: Sequence[Question],
     key: Key[Array, ""],
     draws: Draws,
@@ -165,7 +175,6 @@ class _Decoding:
     self._member = np.tile(np.arange(group), (self._shards, at_once, 1))
     self._waiting = 0  # first question of a shard that was not admitted
     with sharding.use(sampler.mesh):
-      self._decode_weights = programs.unstack(sampler.network, weights)
       self._clock = jnp.int32(0)
       blocks = np.tile(np.arange(at_once), (self._shards, 1))
       self._slots = self._prefill(blocks)
@@ -203,7 +212,7 @@ class _Decoding:
       self._slots, self._caches, self._clock = programs.decode(
         self._program,
         self._each,
-        self._decode_weights,
+        self._weights.decode,
         self._sampler.banned,
         self._slots,
         self._caches,
@@ -247,7 +256,7 @@ class _Decoding:
     with self._compiles("prefill", limits.shape[:1] + limits.shape[2:]):
       return programs.prefill(
         self._program,
-        self._weights,
+        self._weights.prefill,
         self._sampler.banned,
         sharding.place(self._sampler.mesh, prompts),
         self._place(np.tile(own.astype(np.int32), (self._shards, 1))),

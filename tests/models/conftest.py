@@ -258,8 +258,10 @@ def read(network, params, prompts, features):
   embeds = network.embed(
     params, prompts.prompt_ids, prompts.vision_index, features
   )
-  branch_ids = jnp.where(prompts.prompt_mask, 0, -1)
-  hidden = network.forward(params, embeds, prompts.position_ids, branch_ids)
+  branches = jnp.where(prompts.prompt_mask, 0, -1)
+  hidden = network.forward(
+    params, embeds, prompts.position_ids, branches, branches
+  )
   return jnp.einsum("qtd,dv->qtv", hidden, network.head(params))
 
 

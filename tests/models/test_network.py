@@ -87,7 +87,8 @@ def both(network, questions, completions, prompts):
   def hidden(network, params, vision, ids, positions, branches, index):
     features = network.encode(params, vision)
     embeds = network.embed(params, ids, index, features)
-    return network.forward(params, embeds, positions, branches)
+    trees = np.minimum(branches, 0)
+    return network.forward(params, embeds, positions, trees, branches)
 
   def naive(params, vision):
     x = hidden(
@@ -148,13 +149,15 @@ def test_a_completion_never_sees_its_sibling(
   ids, positions, branches, _, _ = tree_rows(questions, completions, prompts)
   run = jax.jit(network.forward)
   none = np.full_like(ids, -1)
+  trees = np.minimum(branches, 0)
   before = run(
-    params, network.embed(params, ids, none, None), positions, branches
+    params, network.embed(params, ids, none, None), positions, trees, branches
   )
   changed = ids.copy()
   changed[branches == 1] += 1
   after = run(
-    params, network.embed(params, changed, none, None), positions, branches
+    *(params, network.embed(params, changed, none, None)),
+    *(positions, trees, branches),
   )
   moved = np.asarray(jnp.abs(after - before).max(-1))
   assert (moved[branches == 1] > 1e-3).all()
@@ -181,9 +184,8 @@ def test_full_remat_wraps_the_layers_of_tower_and_decoder(
     embeds = network.embed(
       params, prompts.prompt_ids, prompts.vision_index, features
     )
-    return network.forward(
-      params, embeds, prompts.position_ids, prompts.prompt_ids
-    )
+    ids = prompts.prompt_ids
+    return network.forward(params, embeds, prompts.position_ids, ids, ids)
 
   assert str(jax.make_jaxpr(run)(params)).count("prevent_cse=") == times
 
@@ -205,7 +207,8 @@ def test_decoding_equals_the_forward_pass(
   def run(params):
     features = network.encode(params, prompts.vision)
     embeds = network.embed(params, ids, index, features)
-    expected = network.forward(params, embeds, positions, branches)
+    trees = np.minimum(branches, 0)
+    expected = network.forward(params, embeds, positions, trees, branches)
     embeds = network.embed(
       params, prompts.prompt_ids, prompts.vision_index, features
     )
@@ -271,7 +274,8 @@ def test_no_gather_crosses_lanes(family, network, directory):
   def loss(features, params, ids):
     with sharding.use(mesh):
       embeds = network.embed(params, ids, ids, features)
-      x = network.forward(params, embeds, jnp.stack([ids] * 3), 0 * ids)
+      zeros = 0 * ids
+      x = network.forward(params, embeds, jnp.stack([ids] * 3), zeros, zeros)
       return jnp.sum(x**2, (1, 2))
 
   backward = lambda *args: jax.vjp(loss, *args)[1](jnp.ones(16))[0]

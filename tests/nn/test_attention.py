@@ -73,7 +73,7 @@ def test_decoding_column_by_column_equals_one_pass(draw, qk_norm_eps):
   )
   x = draw(B, T, 16)
   angles = jnp.asarray(draw(B, T, H // 2))
-  causal = of_trees(jnp.zeros((B, T), jnp.int32))
+  causal = of_trees(*2 * [jnp.zeros((B, T), jnp.int32)])
   expected, cache = attention(x, angles, causal)
   start = 2
   prompt = jax.tree.map(lambda x: x[:, :start], cache)
@@ -140,7 +140,7 @@ def both_of(normed, draw):
     position_embeddings=(twice.cos(), twice.sin()),
     attention_mask=torch.tensor(mask)[:, None],
   )
-  causal = of_trees(jnp.zeros((B, T), jnp.int32))
+  causal = of_trees(*2 * [jnp.zeros((B, T), jnp.int32)])
   got, _ = ours(x, jnp.asarray(angles), causal)
   return np.asarray(got), expected.detach().numpy()
 

@@ -19,19 +19,32 @@ def small_blocks(monkeypatch):
   monkeypatch.setitem(block_attention.BLOCK, "cpu", 8)
 
 
-def tree_row(prompt, completions, width):
-  """[width] ids of a prompt's and its completions' tokens, then padding."""
-  ids = [0] * prompt
-  for g, length in enumerate(completions):
-    ids += [g + 1] * length
-  return np.array(ids + [-1] * (width - len(ids)), np.int32)
+def tree_row(trees, width):
+  """Tree and branch [2 width] of each tree's prompt and completions, padded."""
+  found = []
+  for i, (prompt, completions) in enumerate(trees):
+    lengths = [prompt, *completions]
+    branches = np.repeat(np.arange(len(lengths)), lengths)
+    found.append(np.stack([np.full(branches.size, i), branches]))
+  ids = np.concatenate(found, axis=1)
+  padding = ((0, 0), (0, width - ids.shape[1]))
+  return np.pad(ids, padding, constant_values=-1).astype(np.int32)
 
 
-def tree_mask(branch_ids):
-  own, other = branch_ids[:, :, None], branch_ids[:, None, :]
+def visible(*trees, width):
+  """Of one row."""
+  tree_ids, branch_ids = tree_row(trees, width)
+  return of_trees(jnp.asarray(tree_ids[None]), jnp.asarray(branch_ids[None]))
+
+
+def tree_mask(tree_ids, branch_ids):
+  (tree, same), (own, other) = (
+    (x[:, :, None], x[:, None, :]) for x in (tree_ids, branch_ids)
+  )
   columns = np.arange(branch_ids.shape[1])
   later = columns > columns[:, None]
-  return (own >= 0) & ((other == 0) | (other == own)) & ~later
+  seen = (other == 0) | (other == own)
+  return (tree >= 0) & (tree == same) & seen & ~later
 
 
 def segment_mask(segments):
@@ -83,14 +96,17 @@ trees = st.tuples(
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(trees, min_size=3, max_size=3), st.integers(0, 2**32 - 1))
+@given(
+  st.lists(st.lists(trees, min_size=1, max_size=3), min_size=3, max_size=3),
+  st.integers(0, 2**32 - 1),
+)
 def test_packed_trees_of_every_shape_equal_torch(rows, seed):
-  width = 110
-  branch_ids = np.stack([tree_row(*row, width) for row in rows])
+  width = 330
+  ids = np.stack([tree_row(row, width) for row in rows], axis=1)
   assert_equal_to_torch(
     draw(seed, width, len(rows)),
-    of_trees(jnp.asarray(branch_ids)),
-    tree_mask(branch_ids),
+    of_trees(*jnp.asarray(ids)),
+    tree_mask(*ids),
   )
 
 
@@ -124,7 +140,7 @@ def test_segments_in_any_order_equal_torch():
 
 def test_blocks_that_a_tree_empties_are_not_read():
   # Blocks of 8: a prompt of two, then four completions of two each.
-  visibility = of_trees(jnp.asarray([tree_row(16, [16] * 4, 80)]))
+  visibility = visible((16, [16] * 4), width=80)
   assert visibility.keys[0, :, :5].tolist() == [
     [0, -1, -1, -1, -1],
     [0, 1, -1, -1, -1],
@@ -138,6 +154,18 @@ def test_blocks_that_a_tree_empties_are_not_read():
   assert visibility.num_queries.tolist() == [10, 9, *[2, 1] * 4]
 
 
+def test_trees_of_a_row_read_their_own_blocks_alone():
+  visibility = visible((8, [8]), (8, [8, 8]), width=48)
+  assert visibility.keys[0].tolist() == [
+    [0, *[-1] * 5],
+    [0, 1, *[-1] * 4],
+    [2, *[-1] * 5],
+    [2, 3, *[-1] * 4],
+    [2, 4, *[-1] * 4],
+    [-1] * 6,
+  ]
+
+
 def test_windows_read_their_own_block_alone():
   visibility = of_segments(jnp.repeat(jnp.arange(6), 8)[None])
   assert visibility.num_keys.tolist() == [1] * 6
@@ -145,13 +173,13 @@ def test_windows_read_their_own_block_alone():
 
 
 def test_padding_is_never_read():
-  visibility = of_trees(jnp.asarray([tree_row(20, [], 160)]))
+  visibility = visible((20, []), width=160)
   assert visibility.num_keys.tolist() == [1, 2, 3] + [0] * 17
 
 
 def test_a_hidden_key_changes_nothing_however_large():
   query, keys, values, _ = draw(0, 40, 1)
-  visibility = of_trees(jnp.asarray([tree_row(20, [5, 5], 40)]))
+  visibility = visible((20, [5, 5]), width=40)
   expected = attend(query, keys, values, visibility)[:, 25:30]
   keys[:, 20:25], values[:, 20:25] = 1e6, -1e6
   got = attend(query, keys, values, visibility)[:, 25:30]
@@ -160,7 +188,7 @@ def test_a_hidden_key_changes_nothing_however_large():
 
 def test_a_query_that_sees_nothing_gets_zero_and_no_gradient():
   arrays = draw(0, 16, 1)
-  visibility = of_trees(jnp.full((1, 16), -1))
+  visibility = visible((0, []), width=16)
   for found in block_attend(arrays, visibility):
     np.testing.assert_array_equal(found, 0)
 
@@ -181,9 +209,8 @@ def test_no_square_array_exists():
 
   def temporary(width):
     arrays = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in draw(0, width, 1)]
-    visibility = jax.eval_shape(
-      of_trees, jax.ShapeDtypeStruct((1, width), jnp.int32)
-    )
+    row = jax.ShapeDtypeStruct((1, width), jnp.int32)
+    visibility = jax.eval_shape(of_trees, row, row)
     compiled = block_attend.lower(arrays, visibility).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

@@ -1,11 +1,14 @@
 """rl/logprobs.py against the whole [tokens, V] softmax."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxvlm.rl.logprobs import banned_logits, token_logits, token_logprobs
@@ -32,12 +35,32 @@ def naive(hidden, head, targets, temperature=TEMPERATURE, banned=BANNED):
   return chosen[..., 0], -terms.sum(axis=-1)
 
 
-chunked = functools.partial(
-  token_logprobs,
+def chunked(
+  hidden,
+  head,
+  targets,
+  *,
+  chunk,
   temperature=TEMPERATURE,
   banned=BANNED,
   entropy_gradient=False,
-)
+  counts=None,
+):
+  """Column n predicts targets[n]; all of them count unless told otherwise."""
+  columns = jnp.arange(targets.shape[1])[None]
+  return token_logprobs(
+    hidden,
+    head,
+    jnp.broadcast_to(columns, targets.shape),
+    targets,
+    counts=jnp.full(len(targets), targets.shape[1])
+    if counts is None
+    else counts,
+    temperature=temperature,
+    banned=banned,
+    chunk=chunk,
+    entropy_gradient=entropy_gradient,
+  )
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 13, 64])
@@ -87,6 +110,49 @@ def test_the_entropy_has_a_gradient_where_it_is_asked_for(batch, learned):
   for a, b in zip(found, expected, strict=True):
     assert jnp.abs(b).max() > 0.1
     np.testing.assert_allclose(a, learned * b, atol=5e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+  st.lists(
+    st.lists(st.integers(0, WIDTH - 1), max_size=WIDTH),
+    min_size=ROWS,
+    max_size=ROWS,
+  ),
+  st.sampled_from([1, 4, 64]),
+)
+def test_any_columns_may_predict_and_any_number_of_them(batch, rows, chunk):
+  """One column may predict several targets; padding has no gradient."""
+  hidden, head, targets = batch
+  counts = np.array([len(row) for row in rows])
+  columns = np.zeros((ROWS, WIDTH), np.int32)
+  for own, row in zip(columns, rows, strict=True):
+    own[: len(row)] = row
+  mask = np.arange(WIDTH) < counts[:, None]
+
+  def chunks(hidden, head):
+    return token_logprobs(
+      *(hidden, head, columns, targets),
+      counts=counts,
+      temperature=TEMPERATURE,
+      banned=BANNED,
+      chunk=chunk,
+      entropy_gradient=False,
+    )[0]
+
+  def whole(hidden, head):
+    states = jnp.take_along_axis(hidden, columns[..., None], axis=1)
+    return naive(states, head, targets)[0]
+
+  def total(function):
+    def loss(hidden, head):
+      return jnp.sum(jnp.where(mask, function(hidden, head), 0.0))
+
+    return jax.value_and_grad(loss, (0, 1))(hidden, head)
+
+  found, expected = (jax.tree.leaves(total(f)) for f in (chunks, whole))
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
 def test_temperature_and_ban_each_move_the_values(batch):
@@ -168,13 +234,20 @@ def test_rows_stay_on_their_shards(batch):
   mesh = Mesh(np.array(jax.devices()), ("data",))
   rows = NamedSharding(mesh, PartitionSpec("data"))
   whole = NamedSharding(mesh, PartitionSpec())
-  function = jax.jit(
-    functools.partial(chunked, chunk=4), in_shardings=(rows, whole, rows)
-  )
-  compiled = function.lower(*batch).compile()
-  assert "all-" not in compiled.as_text()
-  for got, expected in zip(function(*batch), naive(*batch), strict=True):
-    np.testing.assert_allclose(got, expected, atol=2e-5)
+  counts = jnp.arange(ROWS) + WIDTH - ROWS
+
+  @functools.partial(jax.jit, in_shardings=(rows, whole, rows, rows))
+  def function(hidden, head, targets, counts):
+    return chunked(hidden, head, targets, chunk=4, counts=counts)
+
+  batch = (*batch, counts)
+  text = function.lower(*batch).compile().as_text()
+  between = re.findall(r"= (\S+ all-[a-z]+)\(", text)
+  # What they agree on is how many chunks there are.
+  assert between == ["s32[] all-reduce"]
+  own = jnp.arange(WIDTH)[None] < counts[:, None]
+  for got, expected in zip(function(*batch), naive(*batch[:3]), strict=True):
+    np.testing.assert_allclose(got[own], expected[own], atol=2e-5)
 
 
 def test_bfloat16_states_give_float32_logprobs(batch):

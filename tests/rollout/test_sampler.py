@@ -138,7 +138,7 @@ def test_weights_are_cast_and_gathered_over_fsdp_alone(
     layout=layout,
   )
   path = ("language_model", "layers", "mlp", "gate_proj", "kernel")
-  before, after = placed, sampler.weights(placed)
+  before, after = placed, sampler.weights(placed).prefill
   for key in path:
     before, after = before[key], after[key]
   assert before.sharding.shard_shape(before.shape) == (2, 8, 24)
@@ -148,7 +148,7 @@ def test_weights_are_cast_and_gathered_over_fsdp_alone(
 
 
 def test_weights_that_lie_right_are_not_copied(make_sampler, mesh, params):
-  assert make_sampler(mesh).weights(params) is params
+  assert make_sampler(mesh).weights(params).prefill is params
 
 
 # -- a chain: the next token's logits are a row of a table ---------------------
@@ -217,7 +217,7 @@ def chain(network, mesh, layout):
       "top_p": 1.0,
     }
     rollout = sampler.sample(
-      {"table": jnp.asarray(table, jnp.float32)},
+      sampler.weights({"table": jnp.asarray(table, jnp.float32)}),
       [question(i, start) for i, start in enumerate(starts)],
       key=jax.random.key(0),
       draws=Draws(**draws | changes),

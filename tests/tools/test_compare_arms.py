@@ -50,7 +50,7 @@ def get_config():
     "rollout_questions": 8,
     "update_questions": 8,
     "updates_per_rollout": 1,
-    "microbatches": 1,
+    "microbatch_tokens": 2048,
     "num_completions": 2,
     "max_completion_length": 6,
     "kl_coef": 0.0,

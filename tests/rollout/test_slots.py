@@ -1,0 +1,90 @@
+"""The sampler's programs as XLA compiles them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxvlm.rollout import slots
+from jaxvlm.rollout.slots import Draws, Program, Slots
+
+B, W, C, P = 6, 5, 24, 32
+
+
+def shape(*sizes, dtype=jnp.int32):
+  return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.fixture(scope="module")
+def lowered(network):
+  """decode(donated) lowered, for shapes in which nothing else is as large."""
+  caches = jax.eval_shape(lambda: network.init_cache(B, W, C))
+  program = Program(
+    network=network,
+    draws=Draws(
+      num_completions=W,
+      max_completion_length=C,
+      temperature=1.0,
+      top_k=0,
+      top_p=1.0,
+    ),
+    eos_ids=(11,),
+    pad_id=0,
+    shards=1,
+  )
+  arguments = (
+    *(program, B, jax.eval_shape(network.unstack, network.shapes())),
+    shape(network.config.vocab_size, dtype=bool),
+    Slots(
+      question=shape(B),
+      begun=shape(B),
+      following=shape(B, 3),
+      prompt_mask=shape(B, P, dtype=bool),
+      prompts=jax.tree.map(
+        lambda x: shape(B, P, *x.shape[3:], dtype=x.dtype), caches
+      ),
+      keys=shape(B, W, dtype=jax.random.key(0).dtype),
+      limits=shape(B, W),
+      ended=shape(B, W, dtype=bool),
+      truncated=shape(B, W, dtype=bool),
+      lengths=shape(B, W),
+      last=shape(B, W),
+      ids=shape(B, W, C),
+      logprobs=shape(B, W, C, dtype=jnp.float32),
+    ),
+    caches,
+    *[shape()] * 3,
+  )
+
+  def lower(donated):
+    function = slots.decode
+    if not donated:
+      function = jax.jit(slots.decode.__wrapped__, static_argnums=(0, 1))
+    return function.lower(*arguments)
+
+  return lower
+
+
+def made_by(text, like):
+  """The operations of a program whose result is of this shape."""
+  sizes = re.escape(f"[{','.join(map(str, like))}]")
+  return re.findall(rf"= f32{sizes}\S* ([a-z-]+)\(", text)
+
+
+def test_decoding_writes_its_caches_in_place_and_never_copies_one(
+  lowered, network
+):
+  text = network.config.text_config
+  cache = (B, W, C, text.num_key_value_heads, text.head_dim)
+  number = 2 * text.num_hidden_layers
+  found = lowered(donated=True).compile()
+  made = made_by(found.as_text(), cache)
+  assert made.count("parameter") >= number
+  assert "copy" not in made
+  (aliases,) = re.findall(
+    r"input_output_alias=\{(.*)\}, entry", found.as_text()
+  )
+  # ids, logprobs, lengths, ended, truncated, last and clock beside them.
+  assert aliases.count("may-alias") >= number + 6
+  assert "copy" in made_by(lowered(donated=False).compile().as_text(), cache)
