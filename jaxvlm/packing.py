@@ -161,8 +161,11 @@ def plan(
     max(int(patches[row].sum()) for row in rows),
   ]
   columns, places, lane = (int(size) for size in sharding.agree_max(sizes))
-  # Places cost next to nothing, and each number of them another program.
+  # Each size is another program: few where they cost little, as the places of a
+  # row do, and columns where one row holds all.
   room = 4 ** math.ceil(math.log(places, 4))
+  if needed == 1:
+    columns = min(2 ** math.ceil(math.log2(columns)), width)
   groups = np.full((len(rows), room), -1, np.int32)
   for taken, row in zip(groups, rows, strict=True):
     taken[: len(row)] = row
