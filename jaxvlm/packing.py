@@ -1,7 +1,6 @@
 """Host side of the update: groups of completions become packed-tree rows."""
 
 import dataclasses
-import heapq
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -150,7 +149,7 @@ def plan(
   while True:
     count = -(-needed // beside)
     own = min(beside, needed)
-    rows = _balanced(lengths, count * own * shards)
+    rows = _balanced(lengths, patches, count * own * shards)
     fullest = max(int(lengths[row].sum()) for row in rows)
     if int(sharding.agree_max(fullest)) <= width:
       break
@@ -178,14 +177,23 @@ def plan(
   )
 
 
-def _balanced(lengths: np.ndarray, rows: int) -> list[list[int]]:
-  """Groups in so many rows of about the same length, the longest first."""
-  loads = [(0, row) for row in range(rows)]
+def _balanced(
+  lengths: np.ndarray, patches: np.ndarray, rows: int
+) -> list[list[int]]:
+  """Groups in so many rows, each with about as many columns and patches.
+
+  Those with pictures first, the longest of them first, to where columns and
+  patches are fewest; then text, the longest first, to where columns are.
+  """
+  shown = patches > 0
+  worth = lengths[shown].mean() / patches[shown].mean() if shown.any() else 0.0
   members: list[list[int]] = [[] for _ in range(rows)]
-  for group in np.argsort(-lengths, kind="stable").tolist():
-    load, row = heapq.heappop(loads)
+  columns, lanes = np.zeros(rows), np.zeros(rows)
+  for group in np.lexsort((-lengths, ~shown)).tolist():
+    row = int(np.argmin(columns + worth * shown[group] * lanes))
     members[row].append(group)
-    heapq.heappush(loads, (load + int(lengths[group]), row))
+    columns[row] += lengths[group]
+    lanes[row] += patches[group]
   return [sorted(row) for row in members]
 
 

@@ -149,6 +149,21 @@ def test_padding_is_what_rows_and_lanes_hold_beside_groups(packed):
   assert patches == sum((x < 0).sum() for x in segments)
 
 
+def test_rows_share_pictures_as_they_share_columns(questions, layout):
+  """Of twelve short groups three have a picture; no row has two."""
+  text, shown = questions[2], questions[1]
+  mixed = [shown, text, text, text] * 3
+  mask = np.ones((12, 2, 60), bool)
+  found = plan(mixed, mask, tokens=512, shards=1, layout=layout)
+  assert found.groups.shape[:2] == (3, 1)
+  pictures = [
+    sum(len(mixed[q].pixel_values) > 0 for q in row if q >= 0)
+    for row in found.groups[:, 0]
+  ]
+  assert pictures == [1, 1, 1]
+  assert found.padding["columns"][0] < 0.1 * found.padding["columns"][1]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
   st.lists(st.integers(1, 700), min_size=1, max_size=40),
