@@ -471,12 +471,19 @@ def lap(since: tuple[float, float, float]) -> tuple[float, float]:
 
 
 def timed(
-  run: Callable[[], Any], reps: int, *, longest_wait: float
+  run: Callable[[], Any], reps: int
 ) -> tuple[list[float], list[float], float]:
   """Walls of the quiet repetitions, others' shares, seconds of the first."""
   started = time.perf_counter()
   run()
   first = time.perf_counter() - started
+  return *repeated(run, reps, longest_wait=LONGEST_WAIT), first
+
+
+def repeated(
+  run: Callable[[], Any], reps: int, *, longest_wait: float
+) -> tuple[list[float], list[float]]:
+  """Walls of the quiet repetitions of what has run before, others' shares."""
   found: list[tuple[float, float]] = []
   while len(found) < 2 * reps and sum(o <= QUIET for _, o in found) < reps:
     until = time.perf_counter() + longest_wait
@@ -490,7 +497,7 @@ def timed(
     found.append(lap(since))
   quiet = [one for one in found if one[1] <= QUIET]
   kept = quiet if len(quiet) >= min(3, reps) else found[:reps]
-  return [w for w, _ in kept], [o for _, o in kept], first
+  return [w for w, _ in kept], [o for _, o in kept]
 
 
 def surroundings() -> dict[str, Any]:
@@ -523,7 +530,7 @@ def main() -> None:
   lab = Lab.read(directory, given.microbatches)
   run, amount, check = WORKS[given.work](lab)
   reps = given.reps or REPS.get(given.model.rpartition("-")[2], 5)
-  walls, others, first = timed(run, reps, longest_wait=LONGEST_WAIT)
+  walls, others, first = timed(run, reps)
   values = walls if given.work == "W4" else [amount / w for w in walls]
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   line = {

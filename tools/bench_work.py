@@ -64,7 +64,7 @@ _TEXT = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6}
 _TOWER = {"temporal_patch_size": 2, "spatial_merge_size": 2}
 
 
-def _qwen25vl(
+def qwen25vl(
   text: Mapping[str, Any], tower: Mapping[str, Any]
 ) -> dict[str, Any]:
   sections = text["hidden_size"] // text["num_attention_heads"] // 16
@@ -89,7 +89,7 @@ def _qwen25vl(
   }
 
 
-def _qwen3vl(
+def qwen3vl(
   text: Mapping[str, Any], tower: Mapping[str, Any], sections: list[int]
 ) -> dict[str, Any]:
   return {
@@ -130,10 +130,10 @@ _SMALL_TOWER = {"depth": 6, "hidden_size": 256, "num_heads": 4}
 
 # In config.json's names; ids and what follows from other fields are added.
 SHAPES: dict[str, dict[str, Any]] = {
-  "qwen25vl-tiny": _qwen25vl(
+  "qwen25vl-tiny": qwen25vl(
     _TINY_TEXT, {**_TINY_TOWER, "fullatt_block_indexes": [1, 3]}
   ),
-  "qwen25vl-small": _qwen25vl(
+  "qwen25vl-small": qwen25vl(
     _SMALL_TEXT,
     {
       **_SMALL_TOWER,
@@ -141,7 +141,7 @@ SHAPES: dict[str, dict[str, Any]] = {
       "fullatt_block_indexes": [2, 5],
     },
   ),
-  "qwen25vl-medium": _qwen25vl(
+  "qwen25vl-medium": qwen25vl(
     {
       "vocab_size": 16384,
       "hidden_size": 768,
@@ -158,7 +158,7 @@ SHAPES: dict[str, dict[str, Any]] = {
       "fullatt_block_indexes": [2, 5, 8, 11],
     },
   ),
-  "qwen3vl-tiny": _qwen3vl(
+  "qwen3vl-tiny": qwen3vl(
     {**_TINY_TEXT, "head_dim": 32},
     {
       **_TINY_TOWER,
@@ -167,7 +167,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     [6, 5, 5],
   ),
-  "qwen3vl-small": _qwen3vl(
+  "qwen3vl-small": qwen3vl(
     {**_SMALL_TEXT, "head_dim": 64},
     {
       **_SMALL_TOWER,
