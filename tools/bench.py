@@ -101,13 +101,14 @@ class Lab:
     length: int,
     microbatches: int,
   ):
-    self.network, self.params, self.reference = network, params, reference
+    self.network, self.mesh = network, make_mesh()
+    self.params = self.lay_out(params)
+    self.reference = None if reference is None else self.lay_out(reference)
     self.arrays = arrays
     self.group, self.length = group, length
     self.microbatches = microbatches
     self.config = network.config.to_hf()
     self.layout = Layout.from_config(self.config)
-    self.mesh = make_mesh()
     self.dtype = network.dtype
     banned = np.zeros(self.network.config.vocab_size, bool)
     self.sampler = Sampler(
@@ -150,6 +151,16 @@ class Lab:
         importance_cap=1.0,
         logprob_chunk=256,
       ),
+    )
+
+  def lay_out(self, params: Params) -> Params:
+    """On the mesh, as an update leaves them: else its second call compiles."""
+    return jax.tree.map(
+      lambda x, axes: jax.device_put(
+        x, sharding.sharding(self.mesh, axes, x.shape)
+      ),
+      params,
+      self.network.axes(),
     )
 
   @classmethod
