@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxvlm.models import find_family
+from jaxvlm.types import Example
 from tools import bench, bench_work
 from tools.bench_work import MODELS, SHAPES, Sizes
 
@@ -46,7 +47,14 @@ def arrays(folder):
   return dict(np.load(directory / name / "inputs.npz"))
 
 
-@pytest.mark.parametrize("work", ["W1", "W3", "W4", "W5"])
+@pytest.mark.parametrize(
+  "folder, work",
+  [
+    *(("qwen25vl-tiny", work) for work in ("W1", "W3", "W4", "W5")),
+    *(("qwen3vl-tiny", work) for work in ("W1", "W5")),
+  ],
+  indirect=["folder"],
+)
 def test_bench_does_each_work_on_it(folder, work, monkeypatch, capsys):
   directory, name = folder
   flags = (f"--work={work}", f"--work-dir={directory}", "--reps=1")
@@ -66,6 +74,16 @@ def test_bench_does_each_work_on_it(folder, work, monkeypatch, capsys):
   if work == "W5":
     tokens = 64 if name == "qwen25vl-tiny" else 49
     assert check["shape"] == [2 * tokens, 128]
+
+
+def test_bench_makes_the_same_patches_of_the_pictures(folder, arrays, tmp_path):
+  lab = bench.Lab.read(folder[0] / folder[1], microbatches=1)
+  processor = bench.make_processor(lab, tmp_path)
+  made = []
+  for i, picture in enumerate(arrays["images"]):
+    example = Example(problem="<image>", answer="", images=(picture,))
+    made.append(processor.question(example, i).pixel_values)
+  np.testing.assert_array_equal(np.concatenate(made), arrays["pixels"])
 
 
 def test_arrays_are_what_the_docstring_says(arrays, folder):
