@@ -1,5 +1,6 @@
 """A folder made from nothing is what bench.py reads."""
 
+import functools
 import json
 import sys
 
@@ -25,20 +26,31 @@ TOWER = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(TOWER))
-def folder(request, tmp_path_factory):
-  """Of a model smaller than any of the names; (directory, name)."""
-  directory, name = tmp_path_factory.mktemp("work"), request.param
-  shape = SHAPES[name]
-  config = bench_work.read_shape(
-    {
-      **shape,
-      "text_config": {**shape["text_config"], **SMALLER},
-      "vision_config": {**shape["vision_config"], **TOWER[name]},
-    }
-  )
-  bench_work.make(config, SIZES, directory / name)
-  return directory, name
+@pytest.fixture(scope="module")
+def make_folder(tmp_path_factory):
+  """Of a model smaller than the one of the name; once for each name."""
+  directory = tmp_path_factory.mktemp("work")
+
+  @functools.cache
+  def make(name):
+    shape = SHAPES[name]
+    config = bench_work.read_shape(
+      {
+        **shape,
+        "text_config": {**shape["text_config"], **SMALLER},
+        "vision_config": {**shape["vision_config"], **TOWER[name]},
+      }
+    )
+    bench_work.make(config, SIZES, directory / name)
+    return directory, name
+
+  return make
+
+
+@pytest.fixture(params=sorted(TOWER))
+def folder(request, make_folder):
+  """(directory, name)."""
+  return make_folder(request.param)
 
 
 @pytest.fixture
