@@ -7,7 +7,7 @@ B questions of one picture each (`prompts` [B P], `pixels`, `grid` [B 3]), G
 completions of R tokens (`completions` [B*G R], `advantages`, `old_logps`,
 `policy_logps`, `lengths` [B*G]), raw `images` [B H W 3] and `text` [B T] ids,
 and pictures for the tower (`v_pixels`, `v_grid`). Rows of a question follow one
-another.
+another. tools/bench_work.py makes such a folder from nothing.
 
   W1  B*G completions of exactly R tokens           tokens/s
   W2  the same, each ended at its own length        useful tokens/s
@@ -34,8 +34,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ from jaxvlm.learner import Learner, Objective, Optimizer
 from jaxvlm.packing import Packed
 from jaxvlm.rl import advantages
 from jaxvlm.rollout.sampler import Draws, Sampler
-from jaxvlm.types import Example, Experience, Question
+from jaxvlm.types import Example, Experience, Params, Question
 
 METRICS = {
   "W1": "tokens_per_s",
@@ -77,31 +77,39 @@ LONGEST_WAIT = 60.0  # seconds for a quiet machine, before a repetition
 _HZ = os.sysconf("SC_CLK_TCK")
 
 
-class Lab:
-  """A model of the work folder: weights, arrays, sampler and learner."""
+def usual_dtype() -> str:
+  """Of activations, on this machine."""
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
-  def __init__(self, directory: pathlib.Path, microbatch_tokens: int):
-    self.arrays = dict(np.load(directory / "inputs.npz"))
-    self.group, self.length = int(self.arrays["G"]), int(self.arrays["R"])
+
+def make_mesh() -> jax.sharding.Mesh:
+  first = np.array(jax.devices()[:1]).reshape(1, 1, 1)
+  return jax.sharding.Mesh(first, sharding.AXES)
+
+
+class Lab:
+  """A model: weights, arrays, sampler and learner, on one device."""
+
+  def __init__(
+    self,
+    *,
+    network: models.Network,
+    params: Params,
+    reference: Params | None,  # None: for work that needs none
+    arrays: Mapping[str, np.ndarray],  # of inputs.npz, as far as read
+    group: int,
+    length: int,
+    microbatch_tokens: int,
+  ):
+    self.network, self.mesh = network, make_mesh()
+    self.params = self.lay_out(params)
+    self.reference = None if reference is None else self.lay_out(reference)
+    self.arrays = arrays
+    self.group, self.length = group, length
     self.microbatch_tokens = microbatch_tokens
-    self.config = json.loads((directory / "policy/config.json").read_text())
+    self.config = network.config.to_hf()
     self.layout = Layout.from_config(self.config)
-    first = np.array(jax.devices()[:1]).reshape(1, 1, 1)
-    self.mesh = jax.sharding.Mesh(first, sharding.AXES)
-    on_cpu = jax.default_backend() == "cpu"
-    self.dtype = "float32" if on_cpu else "bfloat16"
-    self.network = models.load_network(
-      directory / "policy",
-      dtype=self.dtype,
-      param_dtype="float32",
-      remat="none",
-    )
-    self.params, self.reference = (
-      models.load_params(
-        self.network, directory / name, self.mesh, lambda count: None
-      )
-      for name in ("policy", "ref")
-    )
+    self.dtype = network.dtype
     banned = np.zeros(self.network.config.vocab_size, bool)
     self.sampler = Sampler(
       network=self.network,
@@ -145,6 +153,42 @@ class Lab:
       ),
     )
 
+  def lay_out(self, params: Params) -> Params:
+    """On the mesh, as an update leaves them: else its second call compiles."""
+    return jax.tree.map(
+      lambda x, axes: jax.device_put(
+        x, sharding.sharding(self.mesh, axes, x.shape)
+      ),
+      params,
+      self.network.axes(),
+    )
+
+  @classmethod
+  def read(cls, directory: pathlib.Path, microbatch_tokens: int) -> Self:
+    """The work folder's."""
+    network = models.load_network(
+      directory / "policy",
+      dtype=usual_dtype(),
+      param_dtype="float32",
+      remat="none",
+    )
+    params, reference = (
+      models.load_params(
+        network, directory / name, make_mesh(), lambda count: None
+      )
+      for name in ("policy", "ref")
+    )
+    arrays = dict(np.load(directory / "inputs.npz"))
+    return cls(
+      network=network,
+      params=params,
+      reference=reference,
+      arrays=arrays,
+      group=int(arrays["G"]),
+      length=int(arrays["R"]),
+      microbatch_tokens=microbatch_tokens,
+    )
+
   @functools.cached_property
   def questions(self) -> list[Question]:
     a = self.arrays
@@ -184,6 +228,23 @@ class Lab:
       mesh=self.mesh,
       layout=self.layout,
     )
+
+  def logprobs(
+    self, params: Params, questions: list[Question], ids: np.ndarray
+  ) -> np.ndarray:
+    """Those of completions that all have their full length, [B G R]."""
+    return self.learner.logprobs([params], self.pack(questions, ids))[0]
+
+  def encode(self, questions: list[Question]) -> np.ndarray:
+    """The tower's tokens, a lane a question."""
+    packed = pack_vision([[q] for q in questions], layout=self.layout)
+    record = sharding.place(self.mesh, {"vision": packed})["vision"]
+    with sharding.use(self.mesh):
+      return np.asarray(self._encode(self.params, record).tokens)
+
+  @functools.cached_property
+  def _encode(self) -> Callable[..., Any]:
+    return jax.jit(lambda params, record: self.network.encode(params, record))
 
   def update(
     self,
@@ -233,7 +294,7 @@ def rollout(lab: Lab, *, limited: bool) -> tuple[Callable[[], Any], float, Any]:
     assert found.completion_mask.sum() == tokens
 
   ids = lab.groups("completions")
-  (logprobs,) = lab.learner.logprobs([lab.params], lab.pack(questions, ids))
+  logprobs = lab.logprobs(lab.params, questions, ids)
   error = np.abs(logprobs - lab.groups("policy_logps")).max()
   return run, tokens, {"max_abs_logp_err": float(error)}
 
@@ -377,14 +438,10 @@ def vision(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
     for i, (patches, grid) in enumerate(zip(pixels, grids, strict=True))
   ]
   places = [token_places(q.image_grid_thw, lab.layout) for q in questions]
-  encode = jax.jit(lambda params, record: lab.network.encode(params, record))
   told: dict[str, Any] = {}
 
   def run() -> None:
-    packed = pack_vision([[q] for q in questions], layout=lab.layout)
-    record = sharding.place(lab.mesh, {"vision": packed})["vision"]
-    with sharding.use(lab.mesh):
-      tokens = np.asarray(encode(lab.params, record).tokens)
+    tokens = lab.encode(questions)
     rows = np.concatenate([t[at] for t, at in zip(tokens, places, strict=True)])
     told["shape"] = list(rows.shape)
     told["mean"] = round(float(rows.mean()), 7)
@@ -431,9 +488,16 @@ def timed(
   started = time.perf_counter()
   run()
   first = time.perf_counter() - started
+  return *repeated(run, reps, longest_wait=LONGEST_WAIT), first
+
+
+def repeated(
+  run: Callable[[], Any], reps: int, *, longest_wait: float
+) -> tuple[list[float], list[float]]:
+  """Walls of the quiet repetitions of what has run before, others' shares."""
   found: list[tuple[float, float]] = []
   while len(found) < 2 * reps and sum(o <= QUIET for _, o in found) < reps:
-    until = time.perf_counter() + LONGEST_WAIT
+    until = time.perf_counter() + longest_wait
     while time.perf_counter() < until:
       since = busy()
       time.sleep(0.5)
@@ -444,7 +508,20 @@ def timed(
     found.append(lap(since))
   quiet = [one for one in found if one[1] <= QUIET]
   kept = quiet if len(quiet) >= min(3, reps) else found[:reps]
-  return [w for w, _ in kept], [o for _, o in kept], first
+  return [w for w, _ in kept], [o for _, o in kept]
+
+
+def surroundings() -> dict[str, Any]:
+  """What a figure depends on besides the work."""
+  packages = ("jax", "jaxlib", "flax", "optax", "jaxvlm")
+  return {
+    "threads": len(os.sched_getaffinity(0)),
+    "device": jax.devices()[0].device_kind,
+    "load1": round(os.getloadavg()[0], 2),
+    "unix": int(time.time()),
+    "versions": {"python": platform.python_version()}
+    | {name: importlib.metadata.version(name) for name in packages},
+  }
 
 
 def main() -> None:
@@ -458,14 +535,15 @@ def main() -> None:
   given = parser.parse_args()
   directory = given.work_dir / given.model
   if not (directory / "inputs.npz").is_file():
-    sys.exit(f"bench: {directory} has no inputs.npz; see --help.")
-  lab = Lab(directory, given.microbatch_tokens)
+    sys.exit(
+      f"bench: {directory} has no inputs.npz; tools/bench_work.py makes it."
+    )
+  lab = Lab.read(directory, given.microbatch_tokens)
   run, amount, check = WORKS[given.work](lab)
   reps = given.reps or REPS.get(given.model.rpartition("-")[2], 5)
   walls, others, first = timed(run, reps)
   values = walls if given.work == "W4" else [amount / w for w in walls]
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-  packages = ("jax", "jaxlib", "flax", "optax", "jaxvlm")
   line = {
     "peer": "jaxvlm" + (f":{given.variant}" if given.variant else ""),
     "model": given.model,
@@ -477,14 +555,9 @@ def main() -> None:
     "n": len(values),
     "values": [round(v, 5) for v in values],
     "higher_is_better": given.work != "W4",
-    "threads": len(os.sched_getaffinity(0)),
     "dtype": lab.dtype,
-    "device": jax.devices()[0].device_kind,
     "peak_rss_mb": round(peak, 1),
-    "load1": round(os.getloadavg()[0], 2),
-    "unix": int(time.time()),
-    "versions": {"python": platform.python_version()}
-    | {name: importlib.metadata.version(name) for name in packages},
+    **surroundings(),
     "walls_s": [round(w, 4) for w in walls],
     "other_cpu": [round(o, 3) for o in others],
     "n_quiet": sum(o <= QUIET for o in others),
