@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxvlm.models import base
 from jaxvlm.nn import rope, vision
-from jaxvlm.nn.block_attention import of_segments
+from jaxvlm.nn.block_attention import BLOCK, WIDE, attend, of_segments
 from jaxvlm.nn.layers import GatedMLP, RMSNorm, scan, stack
 from jaxvlm.nn.vision import Features
 from jaxvlm.sharding import constrain
@@ -181,8 +181,15 @@ class VisionTower(nnx.Module):
   def __call__(self, inputs: Vision, *, dtype: Any, remat: str) -> Features:
     config = self.config
     assert inputs.window_segments is not None  # its Layout has windows
-    whole = of_segments(jnp.asarray(inputs.full_segments))
-    windows = of_segments(jnp.asarray(inputs.window_segments))
+    whole, windows = (
+      functools.partial(
+        attend, visibility=of_segments(jnp.asarray(segments), block)
+      )
+      for segments, block in (
+        (inputs.full_segments, WIDE),
+        (inputs.window_segments, BLOCK),
+      )
+    )
     angles = rope.vision_angles(
       jnp.asarray(inputs.rows),
       jnp.asarray(inputs.cols),
@@ -194,10 +201,9 @@ class VisionTower(nnx.Module):
     def call(
       block: vision.VisionBlock, x: jax.Array, full: jax.Array
     ) -> tuple[jax.Array, None]:
-      visibility = jax.tree.map(
-        functools.partial(jnp.where, full), whole, windows
+      x = block(
+        x, angles, functools.partial(jax.lax.cond, full, whole, windows)
       )
-      x = block(x, angles, visibility)
       return constrain(x, "lane", None, None), None
 
     x = self.patch_embed(jnp.asarray(inputs.pixel_values, dtype))

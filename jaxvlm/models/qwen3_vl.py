@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxvlm.models import base
 from jaxvlm.nn import rope, vision
-from jaxvlm.nn.block_attention import of_segments
+from jaxvlm.nn.block_attention import WIDE, attend, of_segments
 from jaxvlm.nn.layers import MLP, Embed, LayerNorm, scan, stack
 from jaxvlm.nn.vision import Features
 from jaxvlm.sharding import constrain
@@ -197,7 +197,9 @@ class VisionTower(nnx.Module):
       head_dim=config.head_dim,
       theta=config.rope_theta,
     )
-    visibility = of_segments(jnp.asarray(inputs.full_segments))
+    look = functools.partial(
+      attend, visibility=of_segments(jnp.asarray(inputs.full_segments), WIDE)
+    )
     x = self.patch_embed(jnp.asarray(inputs.pixel_values, dtype))
     x += self._places(inputs).astype(dtype)
     taps = config.deepstack_visual_indexes
@@ -206,7 +208,7 @@ class VisionTower(nnx.Module):
       block: vision.VisionBlock, carry: Any, slot: jax.Array
     ) -> tuple[Any, None]:
       x, tapped = carry
-      x = constrain(block(x, angles, visibility), "lane", None, None)
+      x = constrain(block(x, angles, look), "lane", None, None)
       if taps:
         tapped = jax.lax.cond(
           slot >= 0, _put, lambda tapped, x, slot: tapped, tapped, x, slot

@@ -7,7 +7,7 @@ shape: packed trees, padded prompts and the windows of a vision tower all run
 the same program, and cost what they see.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from jaxvlm.types import record
 # Columns of a block: a window of the vision tower, which is also what two cores
 # like best; accelerators want larger products.
 BLOCK = {"cpu": 64, "gpu": 128, "tpu": 256}
+# Of segments that are whole pictures, which fill larger ones.
+WIDE = {"cpu": 256, "gpu": 128, "tpu": 256}
 _NEVER = -1e30  # finite: a row that sees nothing must not turn into NaN
 _BRANCHES = 1 << 15  # of a segment
 
@@ -82,15 +84,18 @@ def of_trees(
   )
 
 
-def of_segments(segments: Int[Array, "B T"]) -> Visibility:
+def of_segments(
+  segments: Int[Array, "B T"], block: Mapping[str, int] = BLOCK
+) -> Visibility:
   """All of one's own segment. Blocks are skipped where segments rise."""
   zeros = jnp.zeros_like(segments)
-  return _visibility(Tokens(segments=segments, branches=zeros, ranks=zeros))
+  tokens = Tokens(segments=segments, branches=zeros, ranks=zeros)
+  return _visibility(tokens, block)
 
 
-def _visibility(tokens: Tokens) -> Visibility:
+def _visibility(tokens: Tokens, block: Mapping[str, int] = BLOCK) -> Visibility:
   length = tokens.segments.shape[1]
-  size = min(BLOCK[jax.default_backend()], -(-length // 8) * 8)
+  size = min(block[jax.default_backend()], -(-length // 8) * 8)
   tokens = Tokens(
     **{
       name: _blocks(getattr(tokens, name), size, fill)

@@ -13,11 +13,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxvlm.nn import rope
-from jaxvlm.nn.block_attention import Visibility, attend
 from jaxvlm.nn.layers import MLP, Linear
 from jaxvlm.types import record
 
 EPS = 1e-6  # hard-coded in HF's towers
+
+# Of query, keys and values [S L N H]: block_attention.attend, told who sees whom.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,12 +106,12 @@ class VisionAttention(nnx.Module):
     self,
     x: Float[Array, "S L E"],
     angles: Float[Array, "S L F"],
-    visibility: Visibility,
+    attend: Attend,
   ) -> Float[Array, "S L E"]:
     query, keys, values = jnp.moveaxis(self.qkv(x), 2, 0)
     query = rope.rotate(query, angles, dtype=jnp.float32)
     keys = rope.rotate(keys, angles, dtype=jnp.float32)
-    return self.proj(attend(query, keys, values, visibility))
+    return self.proj(attend(query, keys, values))
 
 
 class VisionBlock(nnx.Module):
@@ -136,9 +138,9 @@ class VisionBlock(nnx.Module):
     self,
     x: Float[Array, "S L E"],
     angles: Float[Array, "S L F"],
-    visibility: Visibility,
+    attend: Attend,
   ) -> Float[Array, "S L E"]:
-    x += self.attn(self.norm1(x), angles, visibility)
+    x += self.attn(self.norm1(x), angles, attend)
     return x + self.mlp(self.norm2(x))
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import Qwen3VLTextConfig
 from transformers.models.qwen3_vl import modeling_qwen3_vl as reference
 
@@ -23,39 +25,51 @@ def draw():
   return lambda *shape: random.normal(size=shape).astype(np.float32)
 
 
-def dense(query, keys, values):
-  """All queries see all keys, as torch does it."""
-  return torch.nn.functional.scaled_dot_product_attention(
-    *(torch.tensor(x).transpose(1, 2) for x in (query, keys, values)),
-    enable_gqa=True,
-  ).transpose(1, 2)
+columns = st.lists(st.booleans(), min_size=7, max_size=7)
 
 
-def test_a_group_attends_as_its_rows_would_alone(draw):
-  Q, G, P, C, written = 2, 3, 5, 4, 3
-  query = draw(Q, G, N, H)
-  prompt = KVCache(keys=draw(Q, P, K, H), values=draw(Q, P, K, H))
-  completion = KVCache(keys=draw(Q, G, C, K, H), values=draw(Q, G, C, K, H))
-  prompt_mask = np.arange(P) < np.array([[5], [2]])
-  got = attend_group(
-    query,
-    prompt,
-    prompt_mask,
-    completion,
-    np.tile(np.arange(C) < written, (Q, 1)),
+@settings(max_examples=30, deadline=None)
+@given(
+  st.lists(st.integers(1, 9), min_size=2, max_size=2),
+  st.lists(columns.filter(any), min_size=2, max_size=2),
+  st.integers(0, 2**32 - 1),
+)
+def test_a_group_reads_its_prompt_once_and_sees_what_full_attention_does(
+  lengths, written, seed
+):
+  """Whatever part of the prompt and of the ring of columns is filled."""
+  random = np.random.default_rng(seed)
+  group, prompt, ring = 3, 9, 7
+
+  def some(*shape):
+    return random.normal(size=shape).astype(np.float32)
+
+  query = some(2, group, N, H)
+  shared = KVCache(keys=some(2, prompt, K, H), values=some(2, prompt, K, H))
+  size = (2, group, ring, K, H)
+  own = KVCache(keys=some(*size), values=some(*size))
+  mask, written = (
+    np.arange(prompt) < np.array(lengths)[:, None],
+    np.array(written),
   )
-  for q in range(Q):
-    for g in range(G):
-      p = int(prompt_mask[q].sum())
-      keys, values = (
-        np.concatenate([shared[q, :p], own[q, g, :written]])[None]
-        for shared, own in (
-          (prompt.keys, completion.keys),
-          (prompt.values, completion.values),
-        )
-      )
-      alone = dense(query[q, g][None, None], keys, values)
-      np.testing.assert_allclose(got[q, g], alone[0, 0], rtol=0, atol=1e-6)
+  found = jax.jit(attend_group)(query, shared, mask, own, written)
+
+  def joined(prompts, completions):
+    each = np.broadcast_to(prompts[:, None], (2, group, *prompts.shape[1:]))
+    both = np.concatenate([each, completions], axis=2)
+    return torch.tensor(both.reshape(-1, *both.shape[2:])).transpose(1, 2)
+
+  seen = np.concatenate([mask, written], axis=1).repeat(group, 0)
+  expected = torch.nn.functional.scaled_dot_product_attention(
+    torch.tensor(query.reshape(-1, 1, N, H)).transpose(1, 2),
+    joined(shared.keys, own.keys),
+    joined(shared.values, own.values),
+    attn_mask=torch.tensor(seen)[:, None, None],
+    enable_gqa=True,
+  )
+  np.testing.assert_allclose(
+    found, expected.numpy().reshape(query.shape), rtol=0, atol=1e-5
+  )
 
 
 @pytest.mark.parametrize("qk_norm_eps", [None, 1e-6])

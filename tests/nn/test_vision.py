@@ -14,7 +14,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from jaxvlm.nn import rope, vision
-from jaxvlm.nn.block_attention import of_segments
+from jaxvlm.nn.block_attention import attend, of_segments
 from jaxvlm.nn.layers import MLP, GatedMLP, LayerNorm, RMSNorm
 
 SIZE, HEADS, MLP_SIZE = 48, 4, 56
@@ -173,6 +173,10 @@ def test_a_deepstack_merger_that_norms_each_patch_is_off(x):
 # -- blocks ------------------------------------------------------------------
 
 
+def seeing(segments):
+  return functools.partial(attend, visibility=of_segments(segments))
+
+
 def make_block(family, theirs, make_mlp):
   ours = vision.VisionBlock(
     SIZE,
@@ -241,8 +245,8 @@ def test_block_equals_transformers_within_segments(block, x, lengths):
     position_embeddings=(both.cos(), both.sin()),
   )
   segments = np.repeat(np.arange(len(lengths)), lengths)
-  visibility = of_segments(jnp.asarray(segments[None]))
-  assert_close(ours(x[None], angles[None], visibility)[0], expected)
+  look = seeing(jnp.asarray(segments[None]))
+  assert_close(ours(x[None], angles[None], look)[0], expected)
 
 
 def test_vision_rope_stays_float32_in_a_bfloat16_tower(block, x):
@@ -257,8 +261,8 @@ def test_vision_rope_stays_float32_in_a_bfloat16_tower(block, x):
     position_embeddings=(both.cos(), both.sin()),
   )
   low = jnp.asarray(x[None], jnp.bfloat16)
-  visibility = of_segments(jnp.zeros((1, 24), jnp.int32))
-  got = ours(low, angles[None], visibility)[0]
+  look = seeing(jnp.zeros((1, 24), jnp.int32))
+  got = ours(low, angles[None], look)[0]
   assert got.dtype == jnp.bfloat16
   expected = expected.detach().float().numpy()
   error = np.linalg.norm(got.astype(jnp.float32) - expected)

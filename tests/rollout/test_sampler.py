@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxvlm.models import Network
 from jaxvlm.rollout import sampler as sampler_module
@@ -87,13 +89,7 @@ def test_a_completion_ends_at_a_limit_of_its_own(
 ):
   limits = np.arange(24).reshape(8, 3) % 5 + 1
   found = sample(mesh, questions, limits=limits.astype(np.int32))
-  kept = rollout.completion_mask & (np.arange(8) < limits[..., None])
-  np.testing.assert_array_equal(found.completion_mask, kept)
-  np.testing.assert_array_equal(
-    found.completion_ids, np.where(kept, rollout.completion_ids, 0)
-  )
-  whole = kept.sum(-1) == rollout.completion_mask.sum(-1)
-  np.testing.assert_array_equal(found.truncated, ~whole | rollout.truncated)
+  assert_same_completions(found, limited(rollout, limits))
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
@@ -112,16 +108,32 @@ def test_neither_slots_nor_the_order_of_refill_matter(
   assert_same_completions(found, rollout)
 
 
+def limited(rollout, limits):
+  """The beginnings of its completions, of so many tokens."""
+  kept = rollout.completion_mask & (np.arange(8) < limits[..., None])
+  whole = kept.sum(-1) == rollout.completion_mask.sum(-1)
+  return dataclasses.replace(
+    rollout,
+    completion_mask=kept,
+    completion_ids=np.where(kept, rollout.completion_ids, 0),
+    truncated=~whole | rollout.truncated,
+    sampler_logprobs=np.where(kept, rollout.sampler_logprobs, 0),
+  )
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([3, 12]), st.booleans())
 def test_limits_hold_through_refill_and_regrouping(
-  sample, mesh, questions, monkeypatch
+  sample, mesh, questions, rollout, seed, slots, whole
 ):
-  monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
-  limits = np.random.default_rng(0).integers(1, 9, (8, 3)).astype(np.int32)
-  limits[[2, 5]] = 1  # whole questions that end at once
-  expected = sample(mesh, questions, limits=limits)
-  assert (expected.completion_mask.sum(-1) <= limits).all()
-  found = sample(mesh, questions, limits=limits, slots=6)
-  assert_same_completions(found, expected)
+  """Any lengths, also whole questions that end at once."""
+  limits = np.random.default_rng(seed).integers(1, 9, (8, 3)).astype(np.int32)
+  if whole:
+    limits[[2, 5]] = 1
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(sampler_module._FEWEST, "cpu", 1)
+    found = sample(mesh, questions, limits=limits, slots=slots)
+  assert_same_completions(found, limited(rollout, limits))
 
 
 def test_weights_are_cast_and_gathered_over_fsdp_alone(
