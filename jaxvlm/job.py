@@ -20,6 +20,7 @@ from jaxvlm.data.loader import Loader, Source
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.rows import Rows, order_keys, select
 from jaxvlm.display import Display
+from jaxvlm.encoder import Encoder
 from jaxvlm.find import find
 from jaxvlm.learner import Learner
 from jaxvlm.models import Network
@@ -107,6 +108,11 @@ class Job:
       banned=self.banned,
       layout=self.processor.layout,
       slots=self.config["sampler"]["slots"],
+    )
+
+  def make_encoder(self) -> Encoder:
+    return Encoder(
+      network=self.network, mesh=self.mesh, layout=self.processor.layout
     )
 
   def make_learner(self, stage: Stage) -> Learner:

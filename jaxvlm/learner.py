@@ -19,7 +19,7 @@ from jaxvlm.models import Network
 from jaxvlm.packing import Packed
 from jaxvlm.rl import kl, losses, surrogates
 from jaxvlm.rl.logprobs import token_logprobs
-from jaxvlm.types import Experience, Params, Tree, record
+from jaxvlm.types import Experience, Features, Params, Tree, record
 
 Flat = dict[str, Array]  # parameters by "/"-joined path
 Metrics = dict[str, losses.Pair]
@@ -279,12 +279,17 @@ def _wait(found: Sequence[Any]) -> None:
 
 def _compiles(name: str, tree: Tree) -> contextlib.AbstractContextManager[None]:
   rows, columns = tree.ids.shape
+  vision = tree.vision
+  if isinstance(vision, Features):
+    lane = vision.tokens.shape[1]
+  else:
+    lane = 0 if vision is None else vision.rows.shape[1]
   return compiling.program(
     name,
     rows=rows,
     columns=columns,
     questions=len(tree.slots),
-    patches=0 if tree.vision is None else tree.vision.rows.shape[-1],
+    lane=lane,
   )
 
 

@@ -228,7 +228,7 @@ def pack(
       [[questions[q] for q in row if q >= 0] for row in plan.groups[u]],
       layout=layout,
       patches=plan.patches,
-      width=questions[0].pixel_values.shape[1],
+      like=questions[0],
     ),
     predictors=np.zeros(shape, np.int32),
     targets=np.zeros(shape, np.int32),

@@ -291,5 +291,5 @@ def _tower_batch(
     questions.append(processor.question(example, 0))
     labels += [worlds.label(cell) for cell in scene]
   vision = pack_vision([[q] for q in questions], layout=processor.layout)
-  assert vision is not None
+  assert isinstance(vision, Vision)
   return vision, np.array(labels, np.int32)

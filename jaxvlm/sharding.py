@@ -132,7 +132,7 @@ def place(mesh: Mesh, batch: Any) -> Any:
   def one(path: tuple[Any, ...], x: Any) -> jax.Array:
     names = {key.name for key in path if hasattr(key, "name")}
     rows = "lane" if "vision" in names else "question"
-    axes = (None, rows) if "position_ids" in names else (rows,)
+    axes = (None, rows) if names & {"position_ids", "levels"} else (rows,)
     placed = NamedSharding(mesh, spec(axes))
     return jax.make_array_from_process_local_data(placed, np.asarray(x))
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxvlm import sharding, watch
 from jaxvlm.batch import Batch, best_first, join, membership, named
+from jaxvlm.encoder import Encoder
 from jaxvlm.evaluate import decode_rollout
 from jaxvlm.job import Job
 from jaxvlm.learner import Learner, TrainState
@@ -19,6 +20,18 @@ from jaxvlm.rollout.sampler import Sampler
 from jaxvlm.scoring import Scorer
 from jaxvlm.stages import Stage
 from jaxvlm.types import Experience, Params, Question, Rollout, Scores
+
+
+def encode_frozen(
+  stage: Stage,
+  encoder: Encoder,
+  params: Params,
+  questions: list[Question],
+) -> list[Question]:
+  """Questions with what the tower sees, where the stage does not train it."""
+  if {"vision_tower", "merger"} <= set(stage.freeze):
+    return encoder(params, questions)
+  return questions
 
 
 def roll_out(

@@ -19,6 +19,7 @@ from jaxvlm.stages import Ledger, Stage
 from jaxvlm.step import (
   advantages_of,
   choose,
+  encode_frozen,
   enough,
   grade,
   learn,
@@ -34,7 +35,7 @@ def run(job: Job, display: Display) -> None:
     Stopped: a limit of the config was reached, or a file cannot be read.
     OSError: a file cannot be written, as on a full disk.
   """
-  sampler, timers = job.make_sampler(), Timers()
+  sampler, encoder, timers = job.make_sampler(), job.make_encoder(), Timers()
   every = job.config["checkpoint"]["every"]
   evaluate_every = job.config["evaluation"]["every"]
   with Books(job, display, sampler) as books:
@@ -68,6 +69,8 @@ def run(job: Job, display: Display) -> None:
           while not enough(stage, waiting, found):
             with timers("data"):
               questions = next(loader)
+            with timers("encode"):
+              questions = encode_frozen(stage, encoder, state.params, questions)
             with timers("rollout"):
               rollout = roll_out(stage, sampler, state.params, questions, key)
             grades = grade(job, scorer, questions, rollout)

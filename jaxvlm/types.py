@@ -67,6 +67,9 @@ class Question:
   position_ids: np.ndarray  # int32 [3 P]
   pixel_values: np.ndarray  # float32 [patches, channels * 2 * patch ** 2]
   image_grid_thw: np.ndarray  # int32 [images, 3]
+  # What a frozen tower sees of them, [1 + K, visual tokens, D]: its tokens and
+  # DeepStack's K levels, in the order of a lane; None: it is not known yet.
+  features: np.ndarray | None = None
   response_ids: np.ndarray | None = None  # int32 [C] through EOS; None: no SFT
 
 
@@ -99,6 +102,14 @@ class Vision:
 
 
 @record
+class Features:
+  """What a vision tower sees: the visual tokens of each lane."""
+
+  tokens: Float[Array, "S M D"]
+  levels: Float[Array, "K S M D"] | None  # DeepStack's; None: the family's none
+
+
+@record
 class Prompts:
   """Right-padded prompts; each stands here once, whatever G is."""
 
@@ -107,7 +118,8 @@ class Prompts:
   position_ids: Int[Array, "3 Q P"]
   vision_index: Int[Array, "Q P"]  # visual token in the own lane; -1: text
   question_id: Int[Array, " Q"]  # uint32
-  vision: Vision | None  # None: a batch of text alone
+  # Pictures, or what a frozen tower sees of them; None: a batch of text alone.
+  vision: Vision | Features | None
 
 
 @record
@@ -135,7 +147,7 @@ class Tree:
   tree_ids: Int[Array, "R T"]  # of the row, from 0; -1 padding
   branch_ids: Int[Array, "R T"]  # 0 prompt, g = 1..G completion, -1 padding
   vision_index: Int[Array, "R T"]
-  vision: Vision | None
+  vision: Vision | Features | None  # as in Prompts
   predictors: Int[Array, "R T"]  # column whose hidden state predicts token n
   targets: Int[Array, "R T"]  # the id of token n
   counts: Int[Array, " R"]  # tokens n of the row

@@ -22,7 +22,8 @@ def exchanged(
 ) -> tuple[list[Question], Bool[np.ndarray, "Q 1 1"]]:
   """Questions that are shown each other's pictures, and which of them are.
 
-  Patches are taken in their order, cut or repeated to the question's own number.
+  Patches are taken in their order, cut or repeated to the question's own number;
+  so are features, where a frozen tower has seen them.
   """
   seen = [
     q for q, question in enumerate(questions) if len(question.pixel_values)
@@ -30,10 +31,14 @@ def exchanged(
   others = list(questions)
   changed = np.zeros((len(questions), 1, 1), bool)
   for q, other in zip(seen, np.roll(seen, 1), strict=True):
-    own = questions[q].pixel_values
-    pixels = np.resize(questions[other].pixel_values, own.shape)
-    changed[q] = (pixels != own).any()
-    others[q] = dataclasses.replace(questions[q], pixel_values=pixels)
+    own, shown = questions[q], questions[other]
+    pixels = np.resize(shown.pixel_values, own.pixel_values.shape)
+    changed[q] = (pixels != own.pixel_values).any()
+    features = own.features
+    if features is not None and shown.features is not None:
+      places = np.resize(np.arange(shown.features.shape[1]), features.shape[1])
+      features = shown.features[:, places]
+    others[q] = dataclasses.replace(own, pixel_values=pixels, features=features)
   return others, changed
 
 
@@ -194,7 +199,7 @@ def stall(timing: Mapping[str, float], seconds: float) -> dict[str, float]:
   Rollout, logprobs and update keep the devices busy, and the host works beside
   them; whatever else a step waits for are data, rewards and the host's books.
   """
-  busy = ("rollout", "logprobs", "update")
+  busy = ("encode", "rollout", "logprobs", "update")
   return {"host_stall": seconds - sum(timing.get(name, 0.0) for name in busy)}
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxvlm.types import Prompts, Question, Vision
+from jaxvlm.types import Features, Prompts, Question, Vision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,19 +256,21 @@ def pack_vision(
   *,
   layout: Layout,
   patches: int | None = None,
-  width: int | None = None,
-) -> Vision | None:
+  like: Question | None = None,
+) -> Vision | Features | None:
   """One lane of patches for each slice of questions.
 
   Args:
     slices: the questions beside each lane, in order.
     layout: of the checkpoint.
     patches: L. None: the capacity of the fullest lane. 0: text alone.
-    width: numbers of a patch. None: as the first question has it.
+    like: any question of the batch, for what a patch or a visual token is.
+      None: the first one of the slices.
 
   Returns:
     A lane has its pictures first, those of a question together, then padding:
-    pixels 0, coordinates 0, segments -1. None when L is 0.
+    pixels 0, coordinates 0, segments -1. None when L is 0. Of questions whose
+    pictures were encoded before, their features in the same places.
 
   Raises:
     ValueError: a lane holds more than `patches`.
@@ -283,8 +285,12 @@ def pack_vision(
     )
   if patches == 0:
     return None
-  if width is None:
-    width = next(q.pixel_values.shape[1] for part in slices for q in part)
+  if like is None:
+    like = next(q for part in slices for q in part)
+  if like.features is not None:
+    tokens = patches // layout.patches_per_token
+    return _pack_features(slices, tokens, like.features)
+  width = like.pixel_values.shape[1]
   lanes = (len(slices), patches)
 
   def filled(value: int) -> np.ndarray:
@@ -319,6 +325,22 @@ def pack_vision(
         if name != "order" and places is not None:
           getattr(vision, name)[s, :n] = places
   return vision
+
+
+def _pack_features(
+  slices: Sequence[Sequence[Question]], tokens: int, like: np.ndarray
+) -> Features:
+  """Lanes of visual tokens that are known already."""
+  levels, _, size = like.shape
+  lanes = np.zeros((levels, len(slices), tokens, size), like.dtype)
+  for s, part in enumerate(slices):
+    at = 0
+    for question in part:
+      assert question.features is not None
+      count = question.features.shape[1]
+      lanes[:, s, at : at + count] = question.features
+      at += count
+  return Features(tokens=lanes[0], levels=lanes[1:] if len(lanes) > 1 else None)
 
 
 def collate(

@@ -15,9 +15,8 @@ from jaxvlm.nn import kv_cache
 from jaxvlm.nn.block_attention import of_trees
 from jaxvlm.nn.decoder import Embeds, visual_columns
 from jaxvlm.nn.kv_cache import KVCache
-from jaxvlm.nn.vision import Features
 from jaxvlm.sharding import constrain
-from jaxvlm.types import Params, Vision
+from jaxvlm.types import Features, Params, Vision
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 REMAT = ("none", "dots", "full")
@@ -133,8 +132,13 @@ class Network:
 
   # -- training and prefill --------------------------------------------------
 
-  def encode(self, params: Params, vision: Vision) -> Features:
-    """What the vision tower sees in every lane; padding means nothing."""
+  def encode(self, params: Params, vision: Vision | Features) -> Features:
+    """What the vision tower sees in every lane; padding means nothing.
+
+    Features are given back as they are.
+    """
+    if isinstance(vision, Features):
+      return vision
     tower = _merge(self.skeleton.visual, params["visual"])
     return tower(vision, dtype=self.dtype, remat=self.remat)
 

@@ -14,9 +14,8 @@ from jaxvlm.models import base
 from jaxvlm.nn import rope, vision
 from jaxvlm.nn.block_attention import BLOCK, WIDE, attend, of_segments
 from jaxvlm.nn.layers import GatedMLP, RMSNorm, scan, stack
-from jaxvlm.nn.vision import Features
 from jaxvlm.sharding import constrain
-from jaxvlm.types import Vision
+from jaxvlm.types import Features, Vision
 
 # Names of tensors: of HF's modules where ours differ, and of the hub's files
 # where they differ from HF's modules.

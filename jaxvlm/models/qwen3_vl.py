@@ -15,9 +15,8 @@ from jaxvlm.models import base
 from jaxvlm.nn import rope, vision
 from jaxvlm.nn.block_attention import WIDE, attend, of_segments
 from jaxvlm.nn.layers import MLP, Embed, LayerNorm, scan, stack
-from jaxvlm.nn.vision import Features
 from jaxvlm.sharding import constrain
-from jaxvlm.types import Vision
+from jaxvlm.types import Features, Vision
 
 # As in qwen2_5_vl.py.
 BOX_SIDE = 1000

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float
 
 from jaxvlm.nn import rope
 from jaxvlm.nn.layers import MLP, Linear
-from jaxvlm.types import record
 
 EPS = 1e-6  # hard-coded in HF's towers
 
@@ -46,14 +45,6 @@ class VisionConfig:
   def patch_shape(self) -> tuple[int, int, int, int]:
     sides = (self.patch_size, self.patch_size)
     return (self.in_channels, self.temporal_patch_size, *sides)
-
-
-@record
-class Features:
-  """What a vision tower sees: the visual tokens of each lane."""
-
-  tokens: Float[Array, "S M D"]
-  levels: Float[Array, "K S M D"] | None  # DeepStack's; None: the family's none
 
 
 class PatchEmbed(nnx.Module):

@@ -10,7 +10,7 @@ import pytest
 from jaxvlm import sharding
 from jaxvlm.data import vision_layout
 from jaxvlm.models import find_family, load_params
-from jaxvlm.nn.vision import Features
+from jaxvlm.types import Features
 
 # What only one of the families can show.
 qwen2_5_vl = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)

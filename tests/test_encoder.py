@@ -1,0 +1,133 @@
+"""A frozen tower is asked once, and nothing else changes."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from jaxvlm import learner as learner_module
+from jaxvlm import step, watch
+from jaxvlm.encoder import Encoder
+from jaxvlm.learner import Learner
+from jaxvlm.packing import Packed
+from tests.test_counters import experiences
+from tests.test_learner import ADAMW, OBJECTIVE
+
+families = pytest.mark.parametrize(
+  "family", ["qwen2_5_vl", "qwen3_vl"], indirect=True
+)
+
+
+@pytest.fixture(scope="module")
+def learner(network, mesh, banned):
+  return Learner(
+    network=network,
+    mesh=mesh,
+    banned=banned,
+    frozen=("vision_tower", "merger"),
+    optimizer=ADAMW,
+    objective=OBJECTIVE,
+  )
+
+
+@pytest.fixture(scope="module")
+def placed(params, place_params, mesh):
+  return place_params(params, mesh)
+
+
+@pytest.fixture(scope="module")
+def encoded(network, mesh, layout, placed, questions):
+  encoder = Encoder(network=network, mesh=mesh, layout=layout)
+  return encoder(placed, questions)
+
+
+@pytest.fixture(scope="module")
+def make_packed(rollout, mesh, layout):
+  def make(questions):
+    return Packed(
+      *(questions, rollout.completion_ids, rollout.completion_mask),
+      tokens=96,
+      mesh=mesh,
+      layout=layout,
+    )
+
+  return make
+
+
+def test_each_picture_has_its_tokens(encoded, questions):
+  for question, plain in zip(encoded, questions, strict=True):
+    assert question.features.shape[1] == len(plain.pixel_values) // 4
+    assert (question.features != 0).any() == (len(plain.pixel_values) > 0)
+
+
+@families
+def test_logprobs_and_completions_stay_those_of_the_pictures(
+  encoded,
+  questions,
+  make_packed,
+  learner,
+  placed,
+  make_sampler,
+  mesh,
+  draws,
+  rollout,
+):
+  (expected,) = learner.logprobs([placed], make_packed(questions))
+  (found,) = learner.logprobs([placed], make_packed(encoded))
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  sampler = make_sampler(mesh)
+  again = sampler.sample(
+    sampler.weights(placed), encoded, key=jax.random.key(0), draws=draws
+  )
+  np.testing.assert_array_equal(again.completion_ids, rollout.completion_ids)
+
+
+def test_the_update_does_without_the_tower(
+  encoded, questions, make_packed, learner, placed, rollout
+):
+  def flops(questions):
+    packed = make_packed(questions)
+    micro = next(experiences(packed, rollout.completion_mask))
+    program = learner._program
+    total = learner_module._zeros(program, placed)
+    found = learner_module._add_gradient.lower(
+      program, total, placed, learner._banned, micro
+    ).compile()
+    return found.cost_analysis()["flops"]
+
+  assert flops(encoded) < 0.8 * flops(questions)
+
+
+def test_it_is_asked_where_tower_and_merger_are_frozen_alone(questions):
+  asked = []
+
+  def encoder(params, questions):
+    asked.append(params)
+    return ["encoded"]
+
+  for freeze, expected in (
+    ((), questions),
+    (("vision_tower",), questions),
+    (("merger", "vision_tower"), ["encoded"]),
+  ):
+    stage = types.SimpleNamespace(freeze=freeze)
+    assert step.encode_frozen(stage, encoder, 7, questions) == expected
+  assert asked == [7]
+
+
+def test_text_alone_needs_no_tower(network, mesh, layout, questions):
+  text = [questions[2], questions[6]]
+  encoder = Encoder(network=network, mesh=mesh, layout=layout)
+  assert encoder(None, text) == text
+
+
+def test_pictures_that_are_exchanged_take_their_features_along(encoded):
+  others, changed = watch.exchanged(encoded)
+  for own, other, moved in zip(encoded, others, changed.ravel(), strict=True):
+    assert other.features.shape == own.features.shape
+    assert (other.features != own.features).any() == moved
+  assert changed.any()
+  plain = [dataclasses.replace(q, features=None) for q in encoded]
+  np.testing.assert_array_equal(watch.exchanged(plain)[1], changed)
