@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8"
   + " --xla_backend_optimization_level=0"
+  + " --xla_cpu_use_fusion_emitters=false"
 )
 
 import jax

@@ -55,7 +55,8 @@ class Launcher:
       "JAX_COMPILATION_CACHE_DIR": str(home / "cache"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       # Compiling these programs takes longer than running them.
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "XLA_FLAGS": "--xla_backend_optimization_level=0"
+      " --xla_cpu_use_fusion_emitters=false",
     }
     script = pathlib.Path(__file__).with_name("launcher.py")
     self.command = [sys.executable, str(script)]

@@ -381,7 +381,8 @@ def test_updates_that_are_not_finite_are_skipped_until_there_are_too_many(
   assert skipped == [0.0, 1.0, 1.0]
   with np.load(tmp_path / "not_finite_3.npz") as batch:
     assert f"{tmp_path / 'not_finite_3.npz'}" in line
-    assert batch["completion_mask"].shape == (2, 4, 4, 6)
+    assert batch["completion_mask"].shape == (8, 4, 6)
+    assert batch["advantages"].shape == batch["rewards"].shape == (8, 4)
 
 
 def test_a_run_of_too_many_shapes_stops_and_names_them(
