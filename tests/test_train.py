@@ -470,18 +470,28 @@ def test_a_model_that_does_not_see_is_stopped(
 
 
 def test_every_preset_trains(launch, project, tmp_path):
+  """One of them with a frozen tower, which is asked once a rollout."""
+  frozen = "gspo"
   status, _, err = launch(
     f"--config={project / 'config.py'}:presets",
     f"workdir={tmp_path}",
     "evaluation.capabilities=()",
+    f"stages.{frozen}.freeze=('vision_tower','merger')",
   ).wait()
   assert status == 0, err
   steps = {
     r["stage"]: r["metrics"] for r in records(tmp_path) if r["kind"] == "train"
   }
+  timings = {
+    r["stage"]: r["timing"] for r in records(tmp_path) if r["kind"] == "train"
+  }
   assert steps.keys() == presets.PRESETS.keys()
   for name, metrics in steps.items():
-    assert metrics["grad_norm/vision_tower"] > 0, name
+    assert (timings[name]["encode"] > 0.1) == (name == frozen), name
+    assert 0 <= timings[name]["host_stall"] < timings[name]["seconds"]
+    assert 0 < metrics["padding/columns"] < 1
+    assert ("grad_norm/vision_tower" in metrics) == (name != frozen), name
+    assert metrics["grad_norm/decoder"] > 0, name
     assert metrics["update_skipped"] == 0, name
     assert ("kl" in metrics) == (presets.load(name)["kl_coef"] > 0), name
     assert ("rollouts" in metrics) == (name == "dapo")
