@@ -129,7 +129,8 @@ def plan(
 ) -> Plan:
   """Rows of equal shape that hold all groups with little padding.
 
-  Sizes come from the capacity ladder and are the same on all hosts.
+  Sizes are the same on all hosts, and few: a row's width follows `tokens` and
+  the longest group alone, unless one row holds everything.
 
   Args:
     questions: Q prepared questions of this host.
@@ -151,26 +152,25 @@ def plan(
     own = min(beside, needed)
     rows = _balanced(lengths, patches, count * own * shards)
     fullest = max(int(lengths[row].sum()) for row in rows)
-    if int(sharding.agree_max(fullest)) <= width:
+    fullest = int(sharding.agree_max(fullest))
+    if fullest <= width:
       break
     needed += 1
-  sizes = [
-    fullest,
+  if needed == 1:
+    width = min(2 ** math.ceil(math.log2(fullest)), width)
+  most = [
     max(len(row) for row in rows),
     max(int(patches[row].sum()) for row in rows),
   ]
-  columns, places, lane = (int(size) for size in sharding.agree_max(sizes))
-  # Each size is another program: few where they cost little, as the places of a
-  # row do, and columns where one row holds all.
+  places, lane = (int(size) for size in sharding.agree_max(most))
+  # Each size is another program: few, where they cost as little as these.
   room = 4 ** math.ceil(math.log(places, 4))
-  if needed == 1:
-    columns = min(2 ** math.ceil(math.log2(columns)), width)
   groups = np.full((len(rows), room), -1, np.int32)
   for taken, row in zip(groups, rows, strict=True):
     taken[: len(row)] = row
   return Plan(
     groups=groups.reshape(count, own * shards, -1),
-    columns=capacity(columns, 32),
+    columns=width,
     patches=patch_capacity(lane, layout),
     used_columns=int(lengths.sum()),
     used_patches=int(patches.sum()),

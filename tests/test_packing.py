@@ -130,6 +130,21 @@ def test_a_microbatch_takes_as_many_tokens_as_asked(
   assert found.groups.shape[:2] == (1, 1)
 
 
+def test_few_widths_hold_batches_of_any_length(questions, layout):
+  """How many tokens there are changes the number of rows, not their width."""
+  text = [questions[2]] * 64
+  random = np.random.default_rng(0)
+  found = set()
+  for _ in range(40):
+    lengths = random.integers(1, random.integers(20, 300), 64)
+    mask = np.arange(300) < lengths[:, None, None]
+    one = plan(text, mask, tokens=1024, shards=1, layout=layout)
+    if one.groups.shape[0] > 1:
+      found.add((*one.groups.shape[1:], one.columns))
+  assert {width for *_, width in found} == {512}
+  assert len(found) <= 3
+
+
 def test_every_data_shard_has_as_many_rows(questions, completions, layout):
   for shards in (2, 4):
     found = plan(
