@@ -20,7 +20,7 @@ EFFECT = 1.5  # points, what the paper gains by its stages
 _MEAN = re.compile(r"(?P<capability>[^/]+)/(?P<kind>mean@\d+)")
 _LEDGER_WORDS = {
   "prompt_tokens": "prompt",
-  "generated_tokens": "made",
+  "generated_tokens": "generated",
   "trained_tokens": "trained",
   "model_flops": "FLOPs",
 }
@@ -262,7 +262,7 @@ def _ledger_table(found: Mapping[str, Any]) -> Table:
     ["arm", *(_LEDGER_WORDS.get(n, n) for n in LEDGER), "minutes"],
     rows,
     f"{found['baseline']} in full, the others as multiples of it; prompt, "
-    "made and trained in tokens; minutes of one run. Differs, as its config "
+    "generated and trained in tokens; minutes of one run. Differs, as its config "
     f"allows: {'; '.join(allowed) or 'none'}",
   )
 

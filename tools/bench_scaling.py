@@ -84,7 +84,7 @@ class Sizes:
 
 
 BASE = Sizes()
-# Above a law's power: buffers have four sizes an octave, and clocks noise.
+# Above a law's power: buffers grow in steps, and clocks have noise.
 SLACK = 0.15
 CHANGE = 0.5  # the most that an independent figure may change
 SHORTEST = 0.2  # seconds of a repetition, of several calls where one is shorter

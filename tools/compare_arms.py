@@ -19,7 +19,8 @@ tools/annotate.py with the weights that they start from, once per seed.
 Under --workdir: ARM/seedS of each run and its .log, and comparison.md, .png and
 .json. What differs between arms without being allowed by name (`allows` of the
 arm's config, or --allow) is printed and is exit status 1, as a failed run is.
-Flags --config.FIELD=VALUE go to every run.
+Flags --config.FIELD=VALUE go to every run; fields of a stage, which not every
+arm has, belong into the file of --base.
 """
 
 import argparse
@@ -335,7 +336,11 @@ def compare(
   comparison.print_tables(found, display.console)
   for kind in ("md", "png", "json"):
     display.print(f"{root / f'comparison.{kind}'}")
-  return found["errors"]
+  hint = (
+    "what may differ is named by --allow; few questions or steps round "
+    "mixtures, and so draws, apart"
+  )
+  return [*found["errors"], hint] if found["errors"] else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -358,7 +363,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument(
     "--completions", type=int, default=8, help="of a row, for its pass rate"
   )
-  parser.add_argument("--allow", default="", help="names of what may differ")
+  parser.add_argument(
+    "--allow", default="", help="names of what may differ, as draws,patches"
+  )
   parser.add_argument("--print", action="store_true", dest="only_print")
   given, extra = parser.parse_known_args(arguments)
   names = list(arms.ARMS if given.arms == "all" else given.arms.split(","))
@@ -367,6 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
       parser.error(f"no arm {name!r}; there are {', '.join(arms.ARMS)}")
   if wrong := [each for each in extra if not each.startswith("--config.")]:
     parser.error(f"unknown flag {wrong[0]}")
+  if given.seeds < 1:
+    parser.error(f"--seeds: got {given.seeds}; expected 1 or more")
+  names = list(dict.fromkeys(names))
   try:
     runs = Plan(
       base=given.base,

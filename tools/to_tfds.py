@@ -53,7 +53,10 @@ def write(
     ValueError: the directory is there or its name is none for TFDS, a column
       has values of several kinds, or a row cannot be read.
   """
-  import tensorflow_datasets as tfds  # an extra, and slow to import
+  try:
+    import tensorflow_datasets as tfds  # an extra, and slow to import
+  except ImportError as error:
+    raise ValueError(f"{error}; pip install 'jaxvlm[tfds]'.") from error
 
   if directory.exists():
     raise ValueError(f"{directory}: is already there; name another.")

@@ -88,7 +88,8 @@ class _Set:
     ) as error:
       raise ValueError(
         f"tfds: {name!r}, split {split!r}, is not to be had: "
-        f"{str(error).partition(chr(10))[0]}"
+        f"{str(error).partition(chr(10))[0]} (Expected the name of a set, or "
+        "the directory of one version, as SET/1.0.0.)"
       ) from error
     self._features = builder.info.features
     self._parser = example_parser.ExampleParserNp(
