@@ -19,9 +19,9 @@ class Stage:
   A step rolls `rollout_questions` out, up to `max_rollouts` times until
   `update_questions` of them have unequal rewards, keeps so many (those first)
   and makes `updates_per_rollout` updates of equal shares of them, each in as
-  many microbatches as its tokens fill. Groups that are left over with unequal rewards wait for
-  the next step. A stage of kind "sft" reads its completions from the data
-  instead.
+  many microbatches as its tokens fill. Groups that are left over with unequal
+  rewards wait for the next step. A stage of kind "sft" reads its completions
+  from the data instead.
   """
 
   name: str

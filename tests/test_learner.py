@@ -202,11 +202,11 @@ def batch(rollout):
 def make_packed(questions, rollout, layout):
   """The rollout in rows; in one row of a data shard unless asked otherwise."""
 
-  def make(mesh, tokens=1024, mask=rollout.completion_mask):
+  def make(mesh, tokens=1024):
     return Packed(
       questions,
       rollout.completion_ids,
-      mask,
+      rollout.completion_mask,
       tokens=tokens,
       mesh=mesh,
       layout=layout,
@@ -219,21 +219,15 @@ def make_packed(questions, rollout, layout):
 def make_experience(rollout, make_packed):
   """The microbatches of an update."""
 
-  def make(
-    mesh,
-    batch,
-    tokens=1024,
-    change=lambda tree: tree,
-    mask=rollout.completion_mask,
-  ):
-    packed = make_packed(mesh, tokens, mask)
+  def make(mesh, batch, tokens=1024, change=lambda tree: tree):
+    packed = make_packed(mesh, tokens)
     groups = np.stack([np.ones(8, bool), np.arange(8) < 3], axis=1)
     for u in range(len(packed)):
       place = functools.partial(packed.place, u=u)
       tree = jax.tree.map(np.asarray, packed.tree(u))
       yield Experience(
         tree=sharding.place(mesh, change(tree)),
-        completion_mask=place(mask),
+        completion_mask=place(rollout.completion_mask),
         advantages=place(batch.advantages),
         groups=place(groups),
         sampler_logprobs=place(rollout.sampler_logprobs),
