@@ -244,39 +244,31 @@ def _backward(kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
       weights * asked * own.shape[-1] ** -0.5
     ).astype(own.dtype)
 
-  def of_query(asks: Any, standing: Tokens, reads: Any) -> jax.Array:
-    def add(total: jax.Array, place: jax.Array) -> jax.Array:
-      key, value = _pick((keys, values), place)
-      seen = standing.see(_tokens(tokens, place))
-      _, found = slope(asks, key, value, seen)
-      return total + _product("bkrs,bksh->bkrh", found, key)
-
-    total = _over(reads, add, jnp.zeros(asks[0].shape, jnp.float32))
-    return total.astype(query.dtype)
-
-  def of_key(own: Any, standing: Tokens, reads: Any) -> Any:
-    key, value = own
+  def of_key(total: jax.Array, i: jax.Array) -> tuple[jax.Array, Any]:
+    """Gradients of a block of keys and values, and its share of the queries'."""
+    (key, value), standing, list_ = _at(((keys, values), tokens, lists), i)
 
     def add(totals: Any, place: jax.Array) -> Any:
       asks = _pick(queries, place)
       seen = _tokens(tokens, place).see(standing)
       weights, found = slope(asks, key, value, seen)
       return (
-        totals[0] + _product("bkrs,bkrh->bksh", found, asks[0]),
-        totals[1] + _product("bkrs,bkrh->bksh", weights, asks[1]),
+        put(totals[0], place, _product("bkrs,bksh->bkrh", found, key)),
+        totals[1] + _product("bkrs,bkrh->bksh", found, asks[0]),
+        totals[2] + _product("bkrs,bkrh->bksh", weights, asks[1]),
       )
 
     zeros = jnp.zeros(key.shape, jnp.float32)
-    totals = _over(reads, add, (zeros, zeros))
-    return totals[0].astype(key.dtype), totals[1].astype(value.dtype)
+    total, *own = _over((list_, counts[i]), add, (total, zeros, zeros))
+    return total, (own[0].astype(key.dtype), own[1].astype(value.dtype))
 
-  read = (visibility.keys, visibility.num_keys)
-  asked = (visibility.queries, visibility.num_queries)
-  return (
-    _each(of_query, (queries, tokens), read),
-    *_each(of_key, ((keys, values), tokens), asked),
-    None,
+  lists, counts = visibility.queries, visibility.num_queries
+  put = jax.vmap(lambda total, place, share: total.at[place].add(share))
+  total, found = jax.lax.scan(
+    of_key, jnp.zeros(query.shape, jnp.float32), jnp.arange(keys.shape[1])
   )
+  moved = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), found)
+  return (total.astype(query.dtype), *moved, None)
 
 
 _attend.defvjp(_forward, _backward)
@@ -290,14 +282,18 @@ def _each(
   count = lists.shape[1]
 
   def one(_: None, i: jax.Array) -> tuple[None, Any]:
-    own, standing, list_ = jax.tree.map(
-      lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False),
-      (*blocks, lists),
-    )
+    own, standing, list_ = _at((*blocks, lists), i)
     return None, call(own, standing, (list_, counts[i]))
 
   _, out = jax.lax.scan(one, None, jnp.arange(count))
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), out)
+
+
+def _at(blocks: Any, i: jax.Array) -> Any:
+  """The i-th of [B n ...]."""
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False), blocks
+  )
 
 
 def _over(
