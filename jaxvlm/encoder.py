@@ -1,4 +1,4 @@
-"""A frozen vision tower, asked once for rollout, reference and update."""
+"""The vision tower asked once: for rollouts, and for all where it is frozen."""
 
 import dataclasses
 import functools
@@ -8,10 +8,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxvlm import compiling, sharding
+from jaxvlm import compiling, filling, sharding
 from jaxvlm.data.vision_layout import Layout, pack_vision, patch_capacity
+from jaxvlm.metrics import Metrics, add
 from jaxvlm.models import Network
 from jaxvlm.types import Features, Params, Question, Vision
+
+# Patches of a lane, at least: small pictures share one.
+_LANE = {"cpu": 256, "gpu": 1024, "tpu": 1024}
+# And of all lanes of a data shard that are read together: what stays near two
+# cores, and what fills an accelerator.
+_TOGETHER = {"cpu": 4096, "gpu": 32768, "tpu": 32768}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -20,40 +27,84 @@ def _encode(network: Network, params: Params, vision: Vision) -> Features:
 
 
 class Encoder:
-  """What a network's tower sees, written beside the pictures."""
+  """What a network's tower sees, written beside the pictures.
 
-  def __init__(self, *, network: Network, mesh: Mesh, layout: Layout):
+  Attributes:
+    padding: patches of all lanes so far that mean nothing, and all.
+  """
+
+  def __init__(
+    self,
+    *,
+    network: Network,
+    mesh: Mesh,
+    layout: Layout,
+    patches: int = 0,  # of the question with most, where that is known
+  ):
     self._network, self._mesh, self._layout = network, mesh, layout
+    self._least = max(patches, _LANE[jax.default_backend()])
+    self._shards = sharding.data_shards(mesh) // jax.process_count()
+    self.padding: Metrics = {}
 
   def __call__(
     self, params: Params, questions: Sequence[Question]
   ) -> list[Question]:
     """The questions of this host with their features; text's are empty.
 
-    Args:
-      params: the policy.
-      questions: a multiple of this host's data shards.
+    A batch of text alone stays as it is, and so does one that has them.
     """
-    counts = [len(q.pixel_values) for q in questions]
-    patches = int(sharding.agree_max(max(counts)))
-    if not patches:
+    sizes = np.array([len(q.pixel_values) for q in questions])
+    longest = int(sharding.agree_max(sizes.max()))
+    if not longest or questions[0].features is not None:
       return list(questions)
-    patches = patch_capacity(patches, self._layout)
-    vision = pack_vision(
-      [[q] for q in questions], layout=self._layout, patches=patches
+    lane = patch_capacity(max(longest, self._least), self._layout)
+    rows, together, _ = filling.fill(
+      sizes,
+      np.zeros_like(sizes),
+      width=lane,
+      shards=self._shards,
+      together=max(_TOGETHER[jax.default_backend()] // lane, 1),
     )
+    whole = float(len(rows) * lane)
+    self.padding = add(
+      self.padding, {"padding/lanes": (whole - sizes.sum(), whole)}
+    )
+    seen: list[Features] = []
+    for start in range(0, len(rows), together):
+      vision = pack_vision(
+        [[questions[q] for q in row] for row in rows[start:][:together]],
+        layout=self._layout,
+        patches=lane,
+        like=questions[0],
+      )
+      assert isinstance(vision, Vision)
+      seen.append(self._see(params, vision))
+      jax.block_until_ready(seen[-2:-1])  # the host packs one call ahead
+    lanes = [found for features in seen for found in _lanes(features)]
+    features = [lanes[0][:, :0]] * len(questions)
+    for row, found in zip(rows, lanes, strict=True):
+      ends = np.cumsum(sizes[row]) // self._layout.patches_per_token
+      for q, own in zip(row, np.split(found, ends, axis=1), strict=False):
+        features[q] = own
+    return [
+      dataclasses.replace(question, features=own)
+      for question, own in zip(questions, features, strict=True)
+    ]
+
+  def _see(self, params: Params, vision: Vision) -> Features:
     placed = sharding.place(self._mesh, {"vision": vision})["vision"]
+    lanes, patches = vision.rows.shape
     with (
       sharding.use(self._mesh),
-      compiling.program("encode", lanes=len(counts), patches=patches),
+      compiling.program("encode", lanes=lanes, patches=patches),
     ):
-      found = _encode(self._network, params, placed)
-    lanes = sharding.to_host(found.tokens)[None]
-    if found.levels is not None:
-      levels = sharding.to_host(found.levels, axis=1)
-      lanes = np.concatenate([lanes, levels])
-    own = [count // self._layout.patches_per_token for count in counts]
-    return [
-      dataclasses.replace(question, features=lanes[:, q, : own[q]])
-      for q, question in enumerate(questions)
-    ]
+      return _encode(self._network, params, placed)
+
+
+def _lanes(features: Features) -> np.ndarray:
+  """[S 1+K M D] of this host."""
+  found = sharding.to_host(features.tokens)[None]
+  if features.levels is not None:
+    levels = sharding.to_host(features.levels, axis=1)
+    found = np.concatenate([found, levels])
+  return found.swapaxes(0, 1)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from jaxvlm import checkpoint, models, rewards, scratch, sharding
 from jaxvlm.data import loader
@@ -20,7 +21,6 @@ from jaxvlm.data.loader import Loader, Source
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.rows import Rows, order_keys, select
 from jaxvlm.display import Display
-from jaxvlm.encoder import Encoder
 from jaxvlm.find import find
 from jaxvlm.learner import Learner
 from jaxvlm.models import Network
@@ -99,7 +99,21 @@ class Job:
       sizes["decoder" if part == "decoder" else "tower"] += shape.size
     return sizes["decoder"], sizes["tower"]
 
+  def sizes(self) -> Int[np.ndarray, "N 2"]:
+    """Tokens and patches of all prompts that may be asked."""
+    held_out = [
+      (len(q.prompt_ids), len(q.pixel_values))
+      for rows in self.held_out
+      for q in rows.questions
+    ]
+    sources = [
+      s.sizes for named in self.sources.values() for s in named.values()
+    ]
+    return np.concatenate([np.array(held_out, int).reshape(-1, 2), *sources])
+
   def make_sampler(self) -> Sampler:
+    """One for all stages and evaluations, whose shapes fit their data."""
+    lengths, patches = self.sizes().T
     return Sampler(
       network=self.network,
       mesh=self.mesh,
@@ -107,12 +121,9 @@ class Job:
       pad_id=self.processor.pad_id,
       banned=self.banned,
       layout=self.processor.layout,
+      lengths=lengths.tolist(),
+      patches=int(patches.max(initial=0)),
       slots=self.config["sampler"]["slots"],
-    )
-
-  def make_encoder(self) -> Encoder:
-    return Encoder(
-      network=self.network, mesh=self.mesh, layout=self.processor.layout
     )
 
   def make_learner(self, stage: Stage) -> Learner:
@@ -479,4 +490,6 @@ class _Opener:
     keys = None
     if order:
       keys = order_keys(rows, found.kept, name=f"{field}: order", order=order)
-    return Source(weight, rows, found.kept, found.row_ids, keys, mixed)
+    return Source(
+      *(weight, rows, found.kept, found.row_ids, found.sizes, keys, mixed)
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Int
 
-from jaxvlm import sharding
+from jaxvlm import filling, sharding
 from jaxvlm.data.vision_layout import (
   Layout,
   capacity,
@@ -143,20 +143,16 @@ def plan(
   lengths = completion_mask.sum((-2, -1))
   lengths = lengths + [len(q.prompt_ids) for q in questions]
   patches = np.array([len(q.pixel_values) for q in questions])
-  longest, whole = sharding.agree_max([lengths.max(), lengths.sum()])
-  width = capacity(int(max(longest, min(tokens, _ROW))), 32)
-  beside = max(tokens // width, 1)  # rows of a shard in a microbatch
-  needed = -(-int(whole) // (shards * width))
-  while True:
-    count = -(-needed // beside)
-    own = min(beside, needed)
-    rows = _balanced(lengths, patches, count * own * shards)
-    fullest = max(int(lengths[row].sum()) for row in rows)
-    fullest = int(sharding.agree_max(fullest))
-    if fullest <= width:
-      break
-    needed += 1
-  if needed == 1:
+  longest = int(sharding.agree_max(lengths.max()))
+  width = capacity(max(longest, min(tokens, _ROW)), 32)
+  rows, together, fullest = filling.fill(
+    lengths,
+    patches,
+    width=width,
+    shards=shards,
+    together=max(tokens // width, 1),
+  )
+  if len(rows) == shards:
     width = min(2 ** math.ceil(math.log2(fullest)), width)
   most = [
     max(len(row) for row in rows),
@@ -169,32 +165,12 @@ def plan(
   for taken, row in zip(groups, rows, strict=True):
     taken[: len(row)] = row
   return Plan(
-    groups=groups.reshape(count, own * shards, -1),
+    groups=groups.reshape(-1, together, room),
     columns=width,
     patches=patch_capacity(lane, layout),
     used_columns=int(lengths.sum()),
     used_patches=int(patches.sum()),
   )
-
-
-def _balanced(
-  lengths: np.ndarray, patches: np.ndarray, rows: int
-) -> list[list[int]]:
-  """Groups in so many rows, each with about as many columns and patches.
-
-  Those with pictures first, the longest of them first, to where columns and
-  patches are fewest; then text, the longest first, to where columns are.
-  """
-  shown = patches > 0
-  worth = lengths[shown].mean() / patches[shown].mean() if shown.any() else 0.0
-  members: list[list[int]] = [[] for _ in range(rows)]
-  columns, lanes = np.zeros(rows), np.zeros(rows)
-  for group in np.lexsort((-lengths, ~shown)).tolist():
-    row = int(np.argmin(columns + worth * shown[group] * lanes))
-    members[row].append(group)
-    columns[row] += lengths[group]
-    lanes[row] += patches[group]
-  return [sorted(row) for row in members]
 
 
 def pack(

@@ -35,7 +35,7 @@ def run(job: Job, display: Display) -> None:
     Stopped: a limit of the config was reached, or a file cannot be read.
     OSError: a file cannot be written, as on a full disk.
   """
-  sampler, encoder, timers = job.make_sampler(), job.make_encoder(), Timers()
+  sampler, timers = job.make_sampler(), Timers()
   every = job.config["checkpoint"]["every"]
   evaluate_every = job.config["evaluation"]["every"]
   with Books(job, display, sampler) as books:
@@ -64,13 +64,16 @@ def run(job: Job, display: Display) -> None:
       ):
         while progress.step < stage.steps:
           started, compiled = time.monotonic(), compiling.tally()
+          padded = sampler.padding
           found: list[Batch] = []
           key = step_key(job, stage, progress.step)
           while not enough(stage, waiting, found):
             with timers("data"):
               questions = next(loader)
             with timers("encode"):
-              questions = encode_frozen(stage, encoder, state.params, questions)
+              questions = encode_frozen(
+                stage, sampler.encoder, state.params, questions
+              )
             with timers("rollout"):
               rollout = roll_out(stage, sampler, state.params, questions, key)
             grades = grade(job, scorer, questions, rollout)
@@ -96,6 +99,7 @@ def run(job: Job, display: Display) -> None:
           progress.global_step += 1
           metrics = add(metrics, watch.rollout_metrics(stage, batch))
           metrics = add(metrics, watch.supply(stage, found, chosen))
+          metrics = add(metrics, watch.padding_since(padded, sampler.padding))
           books.warn(stage, watch.shortage(stage, progress.step, metrics))
           progress.skipped_updates += int(metrics["update_skipped"][0])
           progress.failed_groups += int(metrics["failed_groups"][0])

@@ -1,8 +1,8 @@
 """The records that travel between the stations of the loop.
 
 Letters: Q questions, G completions a question, P prompt length, C completion
-length, R packed rows, T packed row length, L vision patches of a lane,
-M = L / merge**2 visual tokens, S vision lanes.
+length, R packed rows, T packed row length, U rows that follow one another, L
+vision patches of a lane, M = L / merge**2 visual tokens, S vision lanes.
 
 Arrays are numpy on the host and jax.Array on the device; the records are the
 same. Host-only records (`Example`, `Question`, `Scores`) are not pytrees.
@@ -111,15 +111,21 @@ class Features:
 
 @record
 class Prompts:
-  """Right-padded prompts; each stands here once, whatever G is."""
+  """Prompts in packed rows; each stands here once, whatever G is.
 
-  prompt_ids: Int[Array, "Q P"]
-  prompt_mask: Bool[Array, "Q P"]
-  position_ids: Int[Array, "3 Q P"]
-  vision_index: Int[Array, "Q P"]  # visual token in the own lane; -1: text
+  Each of R data shards has the prompts of its own questions, in U rows of T
+  columns that are read one after the other.
+  """
+
+  ids: Int[Array, "R U T"]
+  position_ids: Int[Array, "3 R U T"]
+  tree_ids: Int[Array, "R U T"]  # which prompt of its row, from 0; -1 padding
+  vision_index: Int[Array, "R U T"]
+  # Tokens [R U M D] and levels [K R U M D] of a row's pictures; None: all text.
+  vision: Features | None
+  columns: Int[Array, "Q P"]  # of U T, where a prompt's tokens stand; -1: none
+  following: Int[Array, "Q 3"]  # the position after the prompt
   question_id: Int[Array, " Q"]  # uint32
-  # Pictures, or what a frozen tower sees of them; None: a batch of text alone.
-  vision: Vision | Features | None
 
 
 @record
@@ -147,7 +153,8 @@ class Tree:
   tree_ids: Int[Array, "R T"]  # of the row, from 0; -1 padding
   branch_ids: Int[Array, "R T"]  # 0 prompt, g = 1..G completion, -1 padding
   vision_index: Int[Array, "R T"]
-  vision: Vision | Features | None  # as in Prompts
+  # Pictures, or what a frozen tower sees of them; None: a batch of text alone.
+  vision: Vision | Features | None
   predictors: Int[Array, "R T"]  # column whose hidden state predicts token n
   targets: Int[Array, "R T"]  # the id of token n
   counts: Int[Array, " R"]  # tokens n of the row

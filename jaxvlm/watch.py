@@ -74,11 +74,29 @@ def picture_effect(
 
 def padding(packed: Packed) -> Metrics:
   """Shares of columns and patches of an update that mean nothing."""
-  found = packed.plan.padding
-  totals = sharding.sum_over_hosts(np.array([*found.values()], np.float64))
+  return _over_hosts(
+    {f"padding/{name}": pair for name, pair in packed.plan.padding.items()}
+  )
+
+
+def padding_since(before: Metrics, now: Metrics) -> Metrics:
+  """Shares of what a sampler read since then, prompts and lanes, likewise."""
+  return _over_hosts(
+    {
+      name: (now[name][0] - empty, now[name][1] - size)
+      for name, (empty, size) in (
+        dict.fromkeys(now, (0.0, 0.0)) | before
+      ).items()
+    }
+  )
+
+
+def _over_hosts(pairs: Metrics) -> Metrics:
+  """Sums over all hosts, of what has a size."""
+  totals = sharding.sum_over_hosts(np.array([*pairs.values()], np.float64))
   return {
-    f"padding/{name}": (float(empty), float(size))
-    for name, (empty, size) in zip(found, totals, strict=True)
+    name: (float(empty), float(size))
+    for name, (empty, size) in zip(pairs, totals, strict=True)
     if size
   }
 

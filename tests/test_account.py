@@ -24,7 +24,8 @@ def examples(count, start=0):
 
 def make_source(rows, weight=1.0):
   ids = [row_id(row) for row in rows]
-  return Source(weight, rows, np.arange(len(rows)), ids)
+  sizes = np.ones((len(ids), 2), int)
+  return Source(weight, rows, np.arange(len(rows)), ids, sizes)
 
 
 def make_job(*stages, sources, seed=0):

@@ -24,7 +24,7 @@ def annotated(tmp_path):
     rows = Rows(examples, annotations="", rewards=(), report_as="")
     kept = np.arange(len(rows)) if kept is None else np.array(kept)
     ids = [row_id(rows[int(i)]) for i in kept]
-    source = Source(1.0, rows, kept, ids)
+    source = Source(1.0, rows, kept, ids, np.ones((len(ids), 2), int))
     output = tmp_path / "elsewhere" / "out.parquet"
     output.parent.mkdir(exist_ok=True)
     found = {
@@ -194,7 +194,7 @@ def test_values_of_several_types_are_refused_by_file(tmp_path):
     rewards=(),
     report_as="",
   )
-  source = Source(1.0, rows, np.arange(2), ["a", "b"])
+  source = Source(1.0, rows, np.arange(2), ["a", "b"], np.ones((2, 2), int))
   with pytest.raises(ValueError, match=r"rows.jsonl: a column has values of"):
     annotations.own_columns(source)
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxvlm import encoder as encoder_module
 from jaxvlm import learner as learner_module
 from jaxvlm import step, watch
 from jaxvlm.encoder import Encoder
@@ -115,6 +116,48 @@ def test_it_is_asked_where_tower_and_merger_are_frozen_alone(questions):
     stage = types.SimpleNamespace(freeze=freeze)
     assert step.encode_frozen(stage, encoder, 7, questions) == expected
   assert asked == [7]
+
+
+def test_pictures_share_lanes_and_calls(
+  network, mesh, layout, placed, questions, encoded, monkeypatch
+):
+  """Lanes of several small pictures, a lane a call: the same features."""
+  monkeypatch.setitem(encoder_module._LANE, "cpu", 96)
+  monkeypatch.setitem(encoder_module._TOGETHER, "cpu", 96)
+  encoder = Encoder(network=network, mesh=mesh, layout=layout)
+  shapes = []
+  see = encoder._see
+  monkeypatch.setattr(
+    encoder,
+    "_see",
+    lambda params, vision: (
+      shapes.append(vision.rows.shape) or see(params, vision)
+    ),
+  )
+  found = encoder(placed, questions)
+  assert len(shapes) > 1 and len(set(shapes)) == 1
+  lanes = sum(count for count, _ in shapes)
+  patches = [len(q.pixel_values) for q in questions]
+  assert lanes < np.count_nonzero(patches)
+  size = lanes * shapes[0][1]
+  assert encoder.padding == {"padding/lanes": (size - sum(patches), size)}
+  for own, expected in zip(found, encoded, strict=True):
+    np.testing.assert_allclose(own.features, expected.features, atol=1e-5)
+
+
+def test_what_is_known_is_not_asked_again(network, mesh, layout, encoded):
+  encoder = Encoder(network=network, mesh=mesh, layout=layout)
+  assert encoder(None, encoded) == encoded
+  assert encoder.padding == {}
+
+
+def test_a_lane_is_as_wide_as_the_data_need(
+  network, mesh, layout, placed, questions
+):
+  """Batches of any pictures have one width."""
+  encoder = Encoder(network=network, mesh=mesh, layout=layout, patches=1000)
+  encoder(placed, questions[:2])
+  assert encoder.padding["padding/lanes"][1] == 1024
 
 
 def test_text_alone_needs_no_tower(network, mesh, layout, questions):

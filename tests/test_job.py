@@ -19,8 +19,8 @@ from jaxvlm.types import Question
 class Processor:
   """Measures problems in letters and asks nothing else of a row."""
 
-  def length(self, example):
-    return len(example.problem)
+  def measure(self, example):
+    return len(example.problem), 0
 
   def response_length(self, example):
     return 0

@@ -20,8 +20,9 @@ from transformers import (
 from jaxvlm import models, scratch
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.sources import worlds
-from jaxvlm.data.vision_layout import Layout, collate
+from jaxvlm.data.vision_layout import Layout
 from jaxvlm.types import Example
+from tests.dense import collate
 
 TEXT = {
   "hidden_size": 32,

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxvlm import sharding
-from jaxvlm.data.vision_layout import collate
+from tests.dense import collate
 
 
 def test_a_size_of_minus_one_takes_what_is_left():

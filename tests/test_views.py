@@ -31,6 +31,7 @@ def make_views(*examples, shuffle_options=False, **changes):
     examples=examples,
     kept=np.arange(len(examples)),
     row_ids=[row_id(example) for example in examples],
+    sizes=np.ones((len(examples), 2), int),
     shuffle_options=shuffle_options,
   )
   settings = {

@@ -28,6 +28,17 @@ def learn(job, stage, learner, batch):
   return step.learn(job, stage, learner, state, batch, 5)[1]
 
 
+def test_padding_of_a_rollout_is_what_came_since():
+  before = {"padding/prompts": (3.0, 10.0)}
+  now = {"padding/prompts": (5.0, 30.0), "padding/lanes": (1.0, 4.0)}
+  assert watch.padding_since(before, now) == {
+    "padding/prompts": (2.0, 20.0),
+    "padding/lanes": (1.0, 4.0),
+  }
+  assert watch.padding_since(now, now) == {}
+  assert watch.padding_since({}, {}) == {}
+
+
 # -- blindness -----------------------------------------------------------------
 
 

@@ -46,7 +46,6 @@ from jaxvlm.data.processor import Processor
 from jaxvlm.data.vision_layout import (
   Layout,
   mrope_positions,
-  pack_vision,
   token_places,
 )
 from jaxvlm.learner import Learner, Objective, Optimizer
@@ -118,6 +117,7 @@ class Lab:
       pad_id=0,
       banned=banned,
       layout=self.layout,
+      lengths=[len(ids) for ids in arrays.get("prompts", ())],
     )
     self.draws = Draws(
       num_completions=self.group,
@@ -235,16 +235,10 @@ class Lab:
     """Those of completions that all have their full length, [B G R]."""
     return self.learner.logprobs([params], self.pack(questions, ids))[0]
 
-  def encode(self, questions: list[Question]) -> np.ndarray:
-    """The tower's tokens, a lane a question."""
-    packed = pack_vision([[q] for q in questions], layout=self.layout)
-    record = sharding.place(self.mesh, {"vision": packed})["vision"]
-    with sharding.use(self.mesh):
-      return np.asarray(self._encode(self.params, record).tokens)
-
-  @functools.cached_property
-  def _encode(self) -> Callable[..., Any]:
-    return jax.jit(lambda params, record: self.network.encode(params, record))
+  def encode(self, questions: list[Question]) -> list[np.ndarray]:
+    """The tower's tokens of each question, in the order of a lane."""
+    seen = self.sampler.encoder(self.params, questions)
+    return [q.features[0] for q in seen if q.features is not None]
 
   def update(
     self,

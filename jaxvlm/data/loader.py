@@ -22,6 +22,7 @@ class Source(NamedTuple):
   examples: Sequence[Example]
   kept: Int[np.ndarray, " N"]  # the rows that `inspect` kept
   row_ids: Sequence[str]  # of those
+  sizes: Int[np.ndarray, "N 2"]  # tokens of their prompts, and patches
   # What the stage's draws are sorted by, for each of those; None: unordered.
   keys: Float[np.ndarray, " N"] | None = None
   shuffle_options: bool = False  # anew at each draw
@@ -47,6 +48,7 @@ class Inspected(NamedTuple):
 
   kept: Int[np.ndarray, " N"]  # indices, in order
   row_ids: list[str]  # of those
+  sizes: Int[np.ndarray, "N 2"]  # tokens of their prompts, and patches
   dropped: dict[str, int]  # rows, by the limit they are over
 
 
@@ -80,7 +82,7 @@ def inspect(
   if not len(rows):
     raise ValueError(f"{name}: the data set is empty.")
 
-  def measure(i: int) -> tuple[int, int, str]:
+  def measure(i: int) -> tuple[int, int, int, str]:
     example = examples[i]
     target = example.answer if max_response_length is None else example.response
     if not target:
@@ -88,22 +90,23 @@ def inspect(
       raise ValueError(
         f"{example.name or f'{name}[{i}]'}: no {wanted}; each row needs one."
       )
-    prompt = processor.length(example)
-    return prompt, processor.response_length(example), row_id(example)
+    response = processor.response_length(example)
+    return *processor.measure(example), response, row_id(example)
 
-  lengths = np.empty((len(rows), 2), np.int64)
+  sizes = np.empty((len(rows), 3), np.int64)
   row_ids = []
   # Pillow decodes and the tokenizer encodes without the interpreter's lock.
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for i, (*lengths[i], one) in enumerate(pool.map(measure, rows.tolist())):
+    for i, (*sizes[i], one) in enumerate(pool.map(measure, rows.tolist())):
       row_ids.append(one)
       if progress is not None:
         progress(i + 1, len(rows))
   limits = {"max_prompt_length": max_prompt_length}
   if max_response_length is not None:
     limits["max_response_length"] = max_response_length
-  fits, dropped = _within(lengths, limits, name)
-  return Inspected(rows[fits], [row_ids[i] for i in fits], dropped)
+  fits, dropped = _within(sizes[:, [0, 2]], limits, name)
+  row_ids = [row_ids[i] for i in fits]
+  return Inspected(rows[fits], row_ids, sizes[fits, :2], dropped)
 
 
 def _within(

@@ -133,13 +133,13 @@ class Processor:
       )
     return text
 
-  def length(self, example: Example) -> int:
-    """Tokens of the prompt; checks the row and reads its pictures.
+  def measure(self, example: Example) -> tuple[int, int]:
+    """Tokens of the prompt and patches; checks the row, reads its pictures.
 
     Raises:
       ValueError: the row cannot be prepared; names it and says why.
     """
-    tokens = len(self._encode(example)) - len(example.images)
+    words, seen = len(self._encode(example)) - len(example.images), 0
     area = self.pictures.token_side**2
     for i, picture in enumerate(example.images):
       try:
@@ -147,8 +147,12 @@ class Processor:
         height, width = smart_resize(height, width, self.pictures)
       except ValueError as error:
         raise _picture_error(example, i, error) from error
-      tokens += height * width // area
-    return tokens
+      seen += height * width // area
+    return words + seen, seen * self.layout.patches_per_token
+
+  def length(self, example: Example) -> int:
+    """Tokens of the prompt, as `measure`."""
+    return self.measure(example)[0]
 
   def response_length(self, example: Example) -> int:
     """Tokens of the written response with its EOS; 0 without a response."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxvlm.types import Features, Prompts, Question, Vision
+from jaxvlm.types import Features, Question, Vision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -212,39 +212,6 @@ def token_places(
   return np.argsort(order).astype(np.int32)
 
 
-def slices_of(
-  questions: Sequence[Question], lanes: int
-) -> list[Sequence[Question]]:
-  """The equal, consecutive slices that the lanes hold.
-
-  Raises:
-    ValueError: the lanes do not divide the questions.
-  """
-  if lanes < 1 or len(questions) % lanes:
-    raise ValueError(
-      f"{len(questions)} questions do not divide into {lanes} lanes; choose "
-      "questions per step as a multiple of the data shards."
-    )
-  size = len(questions) // lanes
-  return [questions[i * size : (i + 1) * size] for i in range(lanes)]
-
-
-def needed(
-  questions: Sequence[Question], *, lanes: int, layout: Layout
-) -> tuple[int, int]:
-  """Capacities (prompt_length, patches) of these questions on their own.
-
-  Hosts that take their maxima agree on one shape. patches is 0 for text
-  alone, else a multiple of merge ** 2.
-  """
-  longest = max(len(q.prompt_ids) for q in questions)
-  patches = max(
-    sum(len(q.pixel_values) for q in part)
-    for part in slices_of(questions, lanes)
-  )
-  return capacity(longest, 16), patch_capacity(patches, layout)
-
-
 def patch_capacity(patches: int, layout: Layout) -> int:
   """The lane that holds so many patches; 0 for none."""
   tokens = patches // layout.patches_per_token
@@ -341,61 +308,3 @@ def _pack_features(
       lanes[:, s, at : at + count] = question.features
       at += count
   return Features(tokens=lanes[0], levels=lanes[1:] if len(lanes) > 1 else None)
-
-
-def collate(
-  questions: Sequence[Question],
-  *,
-  lanes: int,
-  layout: Layout,
-  prompt_length: int | None = None,
-  patches: int | None = None,
-) -> Prompts:
-  """Right-pads Q questions into one batch.
-
-  Args:
-    questions: Q of them; the s-th of `lanes` equal slices is shown the
-      pictures of lane s.
-    lanes: S, the data shards of this host.
-    layout: of the checkpoint.
-    prompt_length: P. None: the capacity of the longest prompt.
-    patches: L, as in `pack_vision`.
-
-  Returns:
-    Padding has prompt_mask False, id and positions 0, vision_index -1.
-
-  Raises:
-    ValueError: lanes do not divide Q, or a given size is too small.
-  """
-  slices = slices_of(questions, lanes)
-  if prompt_length is None:
-    prompt_length = needed(questions, lanes=lanes, layout=layout)[0]
-  longest = max(len(q.prompt_ids) for q in questions)
-  if longest > prompt_length:
-    raise ValueError(
-      f"a prompt of {longest} tokens does not fit the length {prompt_length}."
-    )
-  ids = np.zeros((len(questions), prompt_length), np.int32)
-  mask = np.zeros(ids.shape, bool)
-  positions = np.zeros((3, *ids.shape), np.int32)
-  index = np.full(ids.shape, -1, np.int32)
-  row = 0
-  for part in slices:
-    seen = 0  # visual tokens of this lane so far
-    for question in part:
-      n = len(question.prompt_ids)
-      ids[row, :n] = question.prompt_ids
-      mask[row, :n] = True
-      positions[:, row, :n] = question.position_ids
-      shown = np.flatnonzero(question.prompt_ids == layout.image_token_id)
-      index[row, shown] = seen + token_places(question.image_grid_thw, layout)
-      seen += len(shown)
-      row += 1
-  return Prompts(
-    prompt_ids=ids,
-    prompt_mask=mask,
-    position_ids=positions,
-    vision_index=index,
-    question_id=np.array([q.question_id for q in questions], np.uint32),
-    vision=pack_vision(slices, layout=layout, patches=patches),
-  )

@@ -195,26 +195,23 @@ class Network:
 
   # -- sampling --------------------------------------------------------------
 
-  def prefill(
+  def read(
     self,
     params: Params,
     embeds: Embeds,
-    position_ids: Int[Array, "3 Q P"],
-    prompt_mask: Bool[Array, "Q P"],
-  ) -> tuple[Float[Array, "Q D"], list[KVCache]]:
-    """Hidden state of each prompt's last token, and its K and V by layer."""
+    position_ids: Int[Array, "3 R T"],
+    tree_ids: Int[Array, "R T"],
+  ) -> tuple[Float[Array, "R T D"], list[KVCache]]:
+    """Hidden states of packed prompts as in `forward`, and K and V by layer."""
     decoder = _merge(self.skeleton.language_model, params["language_model"])
-    prompts = jnp.where(prompt_mask, 0, -1)
     x, caches = decoder(
       embeds,
       position_ids,
-      of_trees(prompts, prompts),
+      of_trees(tree_ids, jnp.minimum(tree_ids, 0)),
       keep_cache=True,
       remat=self.remat,
     )
-    last = jnp.sum(prompt_mask, axis=1) - 1
-    hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    return hidden, [_layer(caches, i) for i in range(self._num_layers)]
+    return x, [_layer(caches, i) for i in range(self._num_layers)]
 
   def init_cache(self, Q: int, G: int, C: int) -> list[KVCache]:
     """Empty buffers for G completions of C tokens, [Q G C K H] a layer."""
@@ -252,8 +249,8 @@ class Network:
       decode_params: of `unstack`.
       ids: of the tokens.
       position_ids: theirs.
-      prompt_cache: of `prefill`.
-      prompt_mask: likewise.
+      prompt_cache: K and V of the prompts.
+      prompt_mask: which columns of them are real.
       completion_cache: of `init_cache`.
       written: columns that hold tokens of the question's completions, that of
         these ones too.

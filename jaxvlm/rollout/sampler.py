@@ -2,20 +2,23 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from jaxvlm import compiling, sharding
-from jaxvlm.data.vision_layout import Layout, collate, needed
+from jaxvlm.data.vision_layout import Layout
+from jaxvlm.encoder import Encoder
+from jaxvlm.metrics import Metrics, add
 from jaxvlm.models import Network
+from jaxvlm.rollout import prompts
 from jaxvlm.rollout import slots as programs
 from jaxvlm.rollout.slots import Draws, Program
-from jaxvlm.types import Params, Prompts, Question, Rollout, record
+from jaxvlm.types import Params, Question, Rollout, record
 
 # Rows decode in fewer blocks when a quarter of them is left: with halves a step
 # costs less still, but compiling twice as many programs costs more than that.
@@ -35,7 +38,13 @@ class Weights:
 
 
 class Sampler:
-  """Samples groups of completions from the trainer's own weights."""
+  """Samples groups of completions from the trainer's own weights.
+
+  Attributes:
+    encoder: sees the pictures of questions that have no features yet.
+    padding: columns of prompts and patches of lanes so far that mean nothing,
+      and all.
+  """
 
   def __init__(
     self,
@@ -46,6 +55,8 @@ class Sampler:
     pad_id: int,
     banned: np.ndarray,
     layout: Layout,
+    lengths: Iterable[int] = (),  # of the prompts to come, where known
+    patches: int = 0,  # of the one with most, likewise
     slots: int = 0,  # completions that decode at once; 0: all
   ):
     self.network = network
@@ -54,7 +65,33 @@ class Sampler:
     self.pad_id = pad_id
     self.banned = jnp.asarray(banned)
     self.layout = layout
+    self.encoder = Encoder(
+      network=network, mesh=mesh, layout=layout, patches=patches
+    )
     self.slots = slots
+    self.buckets = prompts.choose(lengths)
+    self._columns: Metrics = {}
+
+  @property
+  def padding(self) -> Metrics:
+    return self._columns | self.encoder.padding
+
+  def pack(
+    self,
+    questions: Sequence[Question],
+    real: Bool[np.ndarray, " Q"],
+    bucket: prompts.Bucket,
+  ) -> prompts.Packed:
+    """Prompts of this host in rows; their padding is counted."""
+    packed = prompts.pack(
+      questions,
+      real,
+      shards=sharding.data_shards(self.mesh) // jax.process_count(),
+      bucket=bucket,
+      layout=self.layout,
+    )
+    self._columns = add(self._columns, {"padding/prompts": packed.padding})
+    return packed
 
   def weights(self, params: Params) -> Weights:
     """The policy's weights as sampling reads them: cast, gathered over fsdp.
@@ -108,6 +145,7 @@ class Sampler:
     if limits is None:
       shape = (len(questions), draws.num_completions)
       limits = np.full(shape, draws.max_completion_length, np.int32)
+    questions = self.encoder(weights.prefill, questions)
     decoding = _Decoding(self, weights, questions, key, draws, limits)
     return decoding.finish
 
@@ -158,9 +196,9 @@ class _Decoding:
     self._each = each
     self._shape = (at_once, group)  # blocks of a data shard, slots
     self._ladder = list(ladder(each, self._shape))
-    self._capacities = sharding.agree_max(
-      needed(questions, lanes=len(questions), layout=sampler.layout)
-    )
+    longest = max(len(q.prompt_ids) for q in questions)
+    longest = int(sharding.agree_max(longest))
+    self._bucket = prompts.find(sampler.buckets, longest)
     length = draws.max_completion_length
     rows = (len(questions), group)
     self._rollout = Rollout(
@@ -222,14 +260,12 @@ class _Decoding:
       )
 
   def _compiles(
-    self, name: str, shape: tuple[int, ...]
+    self, name: str, shape: tuple[int, ...], **sizes: int
   ) -> contextlib.AbstractContextManager[None]:
+    blocks, slots = shape
+    prompt = self._bucket.prompt
     return compiling.program(
-      name,
-      blocks=shape[0],
-      slots=shape[1],
-      prompt=int(self._capacities[0]),
-      patches=int(self._capacities[1]),
+      name, blocks=blocks, slots=slots, prompt=prompt, **sizes
     )
 
   def _place(self, x: np.ndarray) -> Array:
@@ -244,21 +280,26 @@ class _Decoding:
     index = np.arange(self._shards)[:, None] * self._each + own  # [S b]
     np.put_along_axis(self._owner, blocks, np.where(there, index, -1), axis=1)
     self._waiting += count
-    flat = index.reshape(-1)
     limits = np.where(there[:, None], self._limits[index], 0)
-    prompts: Prompts = collate(
-      [self._questions[q] for q in flat],
-      lanes=len(flat),
-      layout=self._sampler.layout,
-      prompt_length=int(self._capacities[0]),
-      patches=int(self._capacities[1]),
+    packed = self._sampler.pack(
+      [self._questions[q] for q in index.flat],
+      np.tile(there, self._shards),
+      self._bucket,
     )
-    with self._compiles("prefill", limits.shape[:1] + limits.shape[2:]):
+    rows, vision = packed.prompts.ids.shape, packed.prompts.vision
+    with self._compiles(
+      "prefill",
+      (limits.shape[0] * count, limits.shape[2]),
+      rows=rows[1],
+      columns=rows[2],
+      lane=0 if vision is None else vision.tokens.shape[2],
+    ):
       return programs.prefill(
         self._program,
         self._weights.prefill,
         self._sampler.banned,
-        sharding.place(self._sampler.mesh, prompts),
+        sharding.place(self._sampler.mesh, packed.prompts),
+        jnp.int32(packed.reads),
         self._place(np.tile(own.astype(np.int32), (self._shards, 1))),
         self._place(limits.astype(np.int32)),
         self._key,

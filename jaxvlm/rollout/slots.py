@@ -17,7 +17,8 @@ from jaxvlm.models import Network
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.rl.logprobs import token_logits
 from jaxvlm.rollout.sampling import draw, draw_keys
-from jaxvlm.types import Params, Prompts, record
+from jaxvlm.sharding import constrain
+from jaxvlm.types import Features, Params, Prompts, record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,33 +74,34 @@ def prefill(
   weights: Params,
   banned: Bool[Array, " V"],
   prompts: Prompts,
+  reads: Int[Array, ""],
   question: Int[Array, " B"],
   limits: Int[Array, "B W"],
   key: Key[Array, ""],
   clock: Int[Array, ""],
 ) -> Slots:
-  """Reads B prompts once and draws the first token of W completions of each."""
+  """Reads B prompts once and draws the first token of W completions of each.
+
+  Args:
+    program: what is static.
+    weights: of the policy.
+    banned: ids that cannot be drawn.
+    prompts: in packed rows, their pictures encoded.
+    reads: so many of the U rows of each data shard hold something.
+    question: which of its data shard each prompt is.
+    limits: tokens that each completion may have.
+    key: of this rollout.
+    clock: of the first token.
+  """
   network, draws = program.network, program.draws
-  features = (
-    None if prompts.vision is None else network.encode(weights, prompts.vision)
-  )
-  embeds = network.embed(
-    weights, prompts.prompt_ids, prompts.vision_index, features
-  )
-  hidden, caches = network.prefill(
-    weights, embeds, prompts.position_ids, prompts.prompt_mask
-  )
-  last = prompts.prompt_mask.sum(-1) - 1
-  following = jnp.take_along_axis(
-    prompts.position_ids, last[None, :, None], axis=2
-  )
+  hidden, caches = _read(program, weights, prompts, reads)
   rows = limits.shape
   columns = (*rows, draws.max_completion_length)
   slots = Slots(
     question=question,
     begun=jnp.broadcast_to(clock, question.shape),
-    following=following[..., 0].T + 1,
-    prompt_mask=prompts.prompt_mask,
+    following=prompts.following,
+    prompt_mask=prompts.columns >= 0,
     prompts=caches,
     keys=draw_keys(key, prompts.question_id, rows[1]),
     limits=limits,
@@ -112,6 +114,62 @@ def prefill(
   )
   first = jnp.broadcast_to(hidden[:, None], (*rows, hidden.shape[-1]))
   return _write(program, slots, network.head(weights), banned, first, clock)
+
+
+def _read(
+  program: Program, weights: Params, prompts: Prompts, reads: Int[Array, ""]
+) -> tuple[Float[Array, "B D"], list[KVCache]]:
+  """Hidden state of each prompt's last token, and its K and V, [B P K H]."""
+  network = program.network
+  rows, room, width = prompts.ids.shape
+  columns = prompts.columns.reshape(rows, -1, prompts.columns.shape[1])
+  last = columns.max(-1)
+
+  def pick(x: Array, u: Array, axis: int = 1) -> Array:
+    return jax.lax.dynamic_index_in_dim(x, u, axis, keepdims=False)
+
+  def features(u: Array) -> Features | None:
+    if (vision := prompts.vision) is None:
+      return None
+    levels = None if vision.levels is None else pick(vision.levels, u, 2)
+    return Features(tokens=pick(vision.tokens, u), levels=levels)
+
+  def read(u: Array, state: Any) -> Any:
+    hidden, caches = state
+    embeds = network.embed(
+      *(weights, pick(prompts.ids, u), pick(prompts.vision_index, u)),
+      features(u),
+    )
+    x, new = network.read(
+      *(weights, embeds, pick(prompts.position_ids, u, 2)),
+      pick(prompts.tree_ids, u),
+    )
+    caches = jax.tree.map(
+      lambda cache, own: jax.lax.dynamic_update_index_in_dim(
+        cache, own, u, axis=1
+      ),
+      caches,
+      new,
+    )
+    at = last - u * width
+    ends = jnp.take_along_axis(x, jnp.clip(at, 0, width - 1)[..., None], axis=1)
+    here = (at >= 0) & (at < width)
+    return jnp.where(here[..., None], ends, hidden), caches
+
+  like = jax.eval_shape(lambda: network.embed(weights, last, last, None).tokens)
+  start = (
+    jnp.zeros(like.shape, like.dtype),
+    network.init_cache(rows, room, width),
+  )
+  hidden, caches = jax.lax.fori_loop(0, reads, read, start)
+
+  def gather(cache: Array) -> Array:
+    flat = cache.reshape(rows, room * width, *cache.shape[3:])
+    found = jax.vmap(lambda x, i: x[i])(flat, jnp.maximum(columns, 0))
+    found = found.reshape(*prompts.columns.shape, *cache.shape[3:])
+    return constrain(found, "question", None, "kv_heads", "head_dim")
+
+  return hidden.reshape(-1, hidden.shape[-1]), jax.tree.map(gather, caches)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

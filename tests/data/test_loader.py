@@ -34,7 +34,8 @@ def make_loader(processor, sources, **changes):
 def whole(rows, weight=1.0, kept=None, keys=None):
   kept = np.arange(len(rows)) if kept is None else kept
   ids = [row_id(rows[i]) for i in kept]
-  return loader.Source(weight, rows, kept, ids, keys)
+  sizes = np.ones((len(kept), 2), int)
+  return loader.Source(weight, rows, kept, ids, sizes, keys)
 
 
 def take(batches, count):
@@ -239,6 +240,8 @@ def test_long_prompts_are_dropped_and_counted(processor):
   assert found.kept.tolist() == [0, 1, 3, 4]
   assert found.dropped == {"over max_prompt_length 100": 2}
   assert found.row_ids == [row_id(rows[i]) for i in found.kept]
+  expected = [processor.measure(rows[i]) for i in found.kept]
+  assert found.sizes.tolist() == [list(sizes) for sizes in expected]
   assert seen == [(i, 6) for i in range(1, 7)]
 
 

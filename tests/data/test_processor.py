@@ -13,6 +13,7 @@ from jaxvlm.data import vision_layout
 from jaxvlm.data.pictures import smart_resize
 from jaxvlm.models import find_family
 from jaxvlm.types import Example
+from tests import dense
 
 
 def noise(height, width):
@@ -85,7 +86,10 @@ def test_prompts_equal_transformers(
     assert question.pixel_values.shape == (0, processor.pictures.patch_width)
     assert question.image_grid_thw.shape == (0, 3)
   assert question.example.picture_sizes == tuple(sizes)
-  assert processor.length(question.example) == len(question.prompt_ids)
+  assert processor.measure(question.example) == (
+    len(question.prompt_ids),
+    len(question.pixel_values),
+  )
   assert question.position_ids.shape == (3, len(question.prompt_ids))
   assert question.question_id == 7
   assert question.response_ids is None
@@ -126,7 +130,7 @@ def test_a_batch_mixes_text_with_one_and_several_pictures(
     for s in sizes
   ]
   questions = [processor.question(e, i) for i, e in enumerate(examples)]
-  batch = vision_layout.collate(questions, lanes=1, layout=processor.layout)
+  batch = dense.collate(questions, lanes=1, layout=processor.layout)
   for row, question in enumerate(questions):
     length = len(question.prompt_ids)
     assert batch.prompt_mask[row].sum() == length
@@ -277,8 +281,8 @@ processor = Processor.from_directory(
 rows = [Example(
   problem="<image>?", answer="1", images=(np.zeros((56, 56, 3), np.uint8),))]
 questions = [processor.question(rows[0], 0)]
-batch = vision_layout.collate(questions, lanes=1, layout=processor.layout)
-print(batch.vision.pixel_values.shape)
+vision = vision_layout.pack_vision([questions], layout=processor.layout)
+print(vision.pixel_values.shape)
 """
   done = subprocess.run(
     [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -168,8 +168,9 @@ def test_learned_positions_are_interpolated_as_transformers_does(side):
 
 def test_padding_has_no_learned_position():
   questions = [make_question(0, [[1, 2, 4]]), make_question(1, [[1, 6, 4]])]
-  batch = vision_layout.collate(questions, lanes=2, layout=layout_of(7))
-  vision = batch.vision
+  vision = vision_layout.pack_vision(
+    [[q] for q in questions], layout=layout_of(7)
+  )
   assert vision.window_segments is None
   weight = vision.place_weight.sum(-1)
   np.testing.assert_allclose(weight[vision.full_segments >= 0], 1, rtol=1e-6)
@@ -183,31 +184,16 @@ def test_padding_has_no_learned_position():
       )
 
 
-def test_a_lane_numbers_the_visual_tokens_of_its_own_questions():
+def test_a_lane_has_the_pictures_of_its_own_questions():
   questions = [
     make_question(10, [[1, 4, 4], [1, 2, 4]], fill=1),
     make_question(11, [], text=7),
     make_question(12, [[1, 2, 2]], fill=3),
     make_question(2**32 - 1, [[1, 4, 2]], fill=4),
   ]
-  batch = vision_layout.collate(questions, lanes=2, layout=LAYOUT)
-  assert batch.prompt_ids.shape == (4, 16)
-  assert batch.question_id.tolist() == [10, 11, 12, 2**32 - 1]
-  for q, question in enumerate(questions):
-    n = len(question.prompt_ids)
-    assert batch.prompt_mask[q].tolist() == [True] * n + [False] * (16 - n)
-    np.testing.assert_array_equal(batch.prompt_ids[q, :n], question.prompt_ids)
-    np.testing.assert_array_equal(
-      batch.position_ids[:, q, :n], question.position_ids
-    )
-    assert not batch.position_ids[:, q, n:].any()
-  shown = [row[row >= 0].tolist() for row in batch.vision_index]
-  assert shown == [[0, 1, 2, 3, 4, 5], [], [0], [1, 2]]
-  np.testing.assert_array_equal(
-    batch.vision_index >= 0, batch.prompt_ids == IMAGE
+  vision = vision_layout.pack_vision(
+    [questions[:2], questions[2:]], layout=LAYOUT
   )
-
-  vision = batch.vision
   assert vision.pixel_values.shape == (2, 24, 6)
   assert vision.pixel_values[:, :, 0].tolist() == [
     [1.0] * 24,
@@ -235,35 +221,15 @@ def test_windows_of_one_lane_never_join_two_pictures():
 
 def test_text_alone_has_no_vision_unless_a_capacity_is_agreed():
   questions = [make_question(i, []) for i in range(2)]
-  assert vision_layout.needed(questions, lanes=1, layout=LAYOUT) == (16, 0)
-  batch = vision_layout.collate(questions, lanes=2, layout=LAYOUT)
-  assert batch.vision is None
-  batch = vision_layout.collate(
-    questions, lanes=2, layout=LAYOUT, prompt_length=24, patches=32
-  )
-  assert batch.prompt_ids.shape == (2, 24)
-  assert batch.vision.pixel_values.shape == (2, 32, 6)
-  assert (batch.vision.full_segments == -1).all()
-
-
-def test_needed_capacities_are_those_that_collate_takes():
-  questions = [
-    make_question(i, random_grids(np.random.default_rng(i), 2))
-    for i in range(4)
-  ]
-  length, patches = vision_layout.needed(questions, lanes=2, layout=LAYOUT)
-  batch = vision_layout.collate(questions, lanes=2, layout=LAYOUT)
-  assert batch.prompt_ids.shape[1] == length
-  assert batch.vision.rows.shape[1] == patches
-  assert patches % 4 == 0
+  slices = [[q] for q in questions]
+  assert vision_layout.pack_vision(slices, layout=LAYOUT) is None
+  vision = vision_layout.pack_vision(slices, layout=LAYOUT, patches=32)
+  assert vision.pixel_values.shape == (2, 32, 6)
+  assert (vision.full_segments == -1).all()
 
 
 def test_sizes_that_do_not_fit_are_refused():
   questions = [make_question(i, [[1, 4, 4]]) for i in range(3)]
-  with pytest.raises(ValueError, match="3 questions do not divide into 2"):
-    vision_layout.collate(questions, lanes=2, layout=LAYOUT)
-  with pytest.raises(ValueError, match="does not fit the length 8"):
-    vision_layout.collate(questions, lanes=1, layout=LAYOUT, prompt_length=8)
   for patches in (16, 50):  # too few; not whole tokens
     with pytest.raises(ValueError, match=f"capacity {patches}"):
       vision_layout.pack_vision([questions], layout=LAYOUT, patches=patches)

@@ -18,6 +18,7 @@ from transformers import (
 from jaxvlm import models
 from jaxvlm.data import vision_layout
 from jaxvlm.types import Example, Question
+from tests import dense
 
 IMAGE = 155
 IDS = {
@@ -199,7 +200,7 @@ def questions(layout):
 
 def collate(questions, layout, *, lanes=2, **sizes):
   """The batch in two lanes; on the device, as the learner sees it."""
-  batch = vision_layout.collate(questions, lanes=lanes, layout=layout, **sizes)
+  batch = dense.collate(questions, lanes=lanes, layout=layout, **sizes)
   return jax.tree.map(jnp.asarray, batch)
 
 

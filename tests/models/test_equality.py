@@ -185,9 +185,10 @@ def test_greedy_tokens_equal_generate(
     embeds = network.embed(
       params, prompts.prompt_ids, prompts.vision_index, features
     )
-    hidden, prompt_cache = network.prefill(
-      params, embeds, prompts.position_ids, prompts.prompt_mask
-    )
+    trees = jnp.where(prompts.prompt_mask, 0, -1)
+    x, prompt_cache = network.read(params, embeds, prompts.position_ids, trees)
+    last = jnp.sum(prompts.prompt_mask, axis=1) - 1
+    hidden = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
     weights, head = network.unstack(params), network.head(params)
     rows, group = len(questions), 2
     # min_new_tokens bans EOS (2) in transformers.
@@ -206,7 +207,6 @@ def test_greedy_tokens_equal_generate(
       )
       return (choose(hidden), position + 1, cache), ids
 
-    last = jnp.sum(prompts.prompt_mask, axis=1) - 1
     position = 1 + jnp.take_along_axis(
       prompts.position_ids, last[None, :, None], axis=2
     )

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from jaxvlm import sharding
-from jaxvlm.data import vision_layout
 from jaxvlm.models import find_family, load_params
 from jaxvlm.types import Features
+from tests import dense
 
 # What only one of the families can show.
 qwen2_5_vl = pytest.mark.parametrize("family", ["qwen2_5_vl"], indirect=True)
@@ -212,9 +212,8 @@ def test_decoding_equals_the_forward_pass(
     embeds = network.embed(
       params, prompts.prompt_ids, prompts.vision_index, features
     )
-    last, prompt_cache = network.prefill(
-      params, embeds, prompts.position_ids, prompts.prompt_mask
-    )
+    trees = jnp.where(prompts.prompt_mask, 0, -1)
+    x, prompt_cache = network.read(params, embeds, prompts.position_ids, trees)
     weights = network.unstack(params)
 
     def step(cache, column):
@@ -237,12 +236,12 @@ def test_decoding_equals_the_forward_pass(
 
     cache = network.init_cache(len(questions), GROUP, length)
     _, hidden = jax.lax.scan(step, cache, jnp.arange(length))
-    return expected, last, jnp.moveaxis(hidden, 0, 2)
+    return expected, x, jnp.moveaxis(hidden, 0, 2)
 
-  expected, last, got = (np.asarray(x) for x in run(params))
+  expected, read, got = (np.asarray(x) for x in run(params))
   for (q, g), where in columns.items():
     p, n = len(questions[q].prompt_ids), len(completions[q][g])
-    np.testing.assert_allclose(last[q], expected[q, p - 1], atol=2e-5)
+    np.testing.assert_allclose(read[q, :p], expected[q, :p], atol=2e-5)
     np.testing.assert_allclose(got[q, g, :n], expected[q, where[p:]], atol=2e-5)
 
 
@@ -296,7 +295,7 @@ def test_a_mesh_changes_nothing(
     make_question([[5 + i], *["image", [9]] * len(g)], g, layout, i)
     for i, g in enumerate(grids[i % 4] for i in range(lanes))
   ]
-  prompts = vision_layout.collate(questions, lanes=lanes, layout=layout)
+  prompts = dense.collate(questions, lanes=lanes, layout=layout)
 
   def on_mesh(params, prompts):
     with sharding.use(mesh):

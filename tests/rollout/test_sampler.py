@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxvlm.models import Network
+from jaxvlm.nn.decoder import Embeds
 from jaxvlm.rollout import sampler as sampler_module
+from jaxvlm.rollout import slots as slots_module
 from jaxvlm.rollout.sampler import Draws, Sampler
 from jaxvlm.types import Example, Question
 
@@ -136,6 +138,44 @@ def test_limits_hold_through_refill_and_regrouping(
   assert_same_completions(found, limited(rollout, limits))
 
 
+def test_padding_is_counted(make_sampler, mesh, params, questions, draws):
+  sampler = make_sampler(mesh)
+  weights = sampler.weights(params)
+  assert sampler.padding == {}
+  for count in (1, 2):
+    sampler.sample(weights, questions, key=jax.random.key(0), draws=draws)
+    empty, size = sampler.padding["padding/prompts"]
+    own = sum(len(q.prompt_ids) for q in questions)
+    assert size - empty == count * own
+    assert "padding/lanes" in sampler.padding
+
+
+def test_batches_of_a_bucket_share_their_programs(
+  network, mesh, banned, layout, questions, params, draws
+):
+  """Other lengths, pictures and totals; the data's longest decides."""
+  sampler = Sampler(
+    network=network,
+    mesh=mesh,
+    eos_ids=(11,),
+    pad_id=0,
+    banned=banned,
+    layout=layout,
+    lengths=[len(q.prompt_ids) for q in questions],
+  )
+  weights = sampler.weights(params)
+  sizes = [
+    slots_module.prefill._cache_size()
+    for which in ([3, 0], [2, 6], [5, 1], [2, 4], [7, 5])
+    if sampler.sample(
+      *(weights, [questions[i] for i in which]),
+      key=jax.random.key(0),
+      draws=draws,
+    )
+  ]
+  assert len(set(sizes[1:])) == 1
+
+
 def test_weights_are_cast_and_gathered_over_fsdp_alone(
   network, make_mesh, params, place_params, banned, layout
 ):
@@ -173,12 +213,11 @@ class Chain(Network):
   """Hidden states are the last token, one-hot; the head is the table."""
 
   def embed(self, params, ids, vision_index, features):
-    return jax.nn.one_hot(ids, VOCAB)
+    tokens = jax.nn.one_hot(ids, VOCAB)
+    return Embeds(tokens=tokens, levels=None, vision_index=vision_index)
 
-  def prefill(self, params, embeds, position_ids, prompt_mask):
-    last = prompt_mask.sum(-1) - 1
-    hidden = jnp.take_along_axis(embeds, last[:, None, None], axis=1)[:, 0]
-    return hidden, []
+  def read(self, params, embeds, position_ids, tree_ids):
+    return embeds.tokens, []
 
   def init_cache(self, Q, G, C):
     return []

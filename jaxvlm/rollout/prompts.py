@@ -1,0 +1,175 @@
+"""Host side of prefill: prompts in packed rows, of few sizes."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from jaxvlm import filling, sharding
+from jaxvlm.data.vision_layout import Layout, capacity, token_places
+from jaxvlm.types import Features, Prompts, Question
+
+# Columns of a row, at least: several short prompts share it.
+_ROW = {"cpu": 256, "gpu": 2048, "tpu": 2048}
+_BUCKETS = 3  # each is another prefill and other decode programs
+_SAMPLE = 128  # prompts that a row's width is tried on
+
+
+class Bucket(NamedTuple):
+  """Sizes of a batch whose longest prompt has so many tokens."""
+
+  prompt: int  # P
+  row: int  # T
+
+
+def choose(lengths: Iterable[int]) -> tuple[Bucket, ...]:
+  """Few buckets, rising, that pad prompts of these lengths little; none: ()."""
+  found = np.sort(np.fromiter(lengths, np.int64))
+  if not found.size:
+    return ()
+  sizes, counts = np.unique(
+    [capacity(n, 16) for n in found.tolist()], return_counts=True
+  )
+
+  def padded(chosen: tuple[int, ...]) -> int:
+    places = np.searchsorted(chosen, sizes)
+    return int(np.array(chosen)[places] @ counts)
+
+  *smaller, largest = sizes.tolist()
+  options = (
+    (*some, largest)
+    for count in range(_BUCKETS)
+    for some in itertools.combinations(smaller, count)
+  )
+  return tuple(
+    Bucket(prompt, _row(found[found <= prompt], prompt))
+    for prompt in min(options, key=padded)
+  )
+
+
+def find(buckets: Sequence[Bucket], longest: int) -> Bucket:
+  """The smallest that holds the longest prompt; one of its own if none does."""
+  for bucket in buckets:
+    if longest <= bucket.prompt:
+      return bucket
+  return Bucket(capacity(longest, 16), _least(longest))
+
+
+def _least(prompt: int) -> int:
+  return capacity(max(prompt, _ROW[jax.default_backend()]))
+
+
+def _row(lengths: Int[np.ndarray, " N"], prompt: int) -> int:
+  """The width, of those to twice the least, that such prompts fill best."""
+  places = np.linspace(0, len(lengths) - 1, _SAMPLE).astype(int)
+  tried = lengths[places][::-1].tolist()
+  least = _least(prompt)
+  widths = sorted({capacity(n) for n in range(least, 2 * least + 1, 16)})
+  return min(widths, key=lambda width: _waste(tried, width))
+
+
+def _waste(lengths: Sequence[int], width: int) -> float:
+  """Share of rows that stays empty, each prompt where it first fits."""
+  free = np.full(len(lengths), width)
+  for length in lengths:
+    free[np.argmax(free >= length)] -= length
+  return float(free[free < width].mean()) / width
+
+
+class Packed(NamedTuple):
+  """Prompts of this host in rows."""
+
+  prompts: Prompts
+  reads: int  # rows, of the U of each data shard, that hold something
+  padding: tuple[int, int]  # columns of those that mean nothing, and all
+
+
+def pack(
+  questions: Sequence[Question],
+  real: Bool[np.ndarray, " Q"],
+  *,
+  shards: int,
+  bucket: Bucket,
+  layout: Layout,
+) -> Packed:
+  """Rows of each data shard's own questions, alike on all hosts.
+
+  Args:
+    questions: of this host, as many of each data shard, their pictures
+      encoded.
+    real: those that are read; a place of the others has no columns.
+    shards: data shards of this host.
+    bucket: P and T; no prompt is longer than P.
+    layout: of the checkpoint.
+  """
+  each = len(questions) // shards
+  lengths = np.array([len(q.prompt_ids) for q in questions]) * real
+  rows = filling.fill_apart(lengths.reshape(shards, each), width=bucket.row)
+  reads = len(rows[0])
+  # As many for any batch of such prompts that share rows well.
+  room = -(-each * bucket.prompt // bucket.row)
+  if reads > room:
+    room = capacity(reads)
+  members = {
+    (s, u): [s * each + q for q in row]
+    for s, shard in enumerate(rows)
+    for u, row in enumerate(shard)
+  }
+  shape = (shards, room, bucket.row)
+  prompts = Prompts(
+    ids=np.zeros(shape, np.int32),
+    position_ids=np.zeros((3, *shape), np.int32),
+    tree_ids=np.full(shape, -1, np.int32),
+    vision_index=np.full(shape, -1, np.int32),
+    vision=_lanes(questions, members.values(), shape),
+    columns=np.full((len(questions), bucket.prompt), -1, np.int32),
+    following=np.zeros((len(questions), 3), np.int32),
+    question_id=np.array([q.question_id for q in questions], np.uint32),
+  )
+  for (s, u), row in members.items():
+    column, visual = 0, 0
+    for place, q in enumerate(row):
+      question = questions[q]
+      own = np.arange(lengths[q]) + column
+      prompts.ids[s, u, own] = question.prompt_ids
+      prompts.position_ids[:, s, u, own] = question.position_ids
+      prompts.tree_ids[s, u, own] = place
+      prompts.columns[q, : len(own)] = u * bucket.row + own
+      prompts.following[q] = question.position_ids[:, -1] + 1
+      column += len(own)
+      shown = own[question.prompt_ids == layout.image_token_id]
+      if not len(shown):
+        continue
+      assert prompts.vision is not None and question.features is not None
+      places = token_places(question.image_grid_thw, layout)
+      prompts.vision_index[s, u, shown] = visual + places
+      lane = slice(visual, visual + len(shown))
+      prompts.vision.tokens[s, u, lane] = question.features[0]
+      if prompts.vision.levels is not None:
+        prompts.vision.levels[:, s, u, lane] = question.features[1:]
+      visual = lane.stop
+  columns = shards * reads * bucket.row
+  return Packed(prompts, reads, (columns - int(lengths.sum()), columns))
+
+
+def _lanes(
+  questions: Sequence[Question],
+  rows: Iterable[Sequence[int]],
+  shape: tuple[int, int, int],
+) -> Features | None:
+  """Room for the visual tokens of the row that has most; None: all text."""
+  like = questions[0].features
+  if like is None:
+    return None
+  features = [q.features for q in questions]
+  most = max(sum(features[q].shape[1] for q in row) for row in rows)  # type: ignore[union-attr]
+  most = int(sharding.agree_max(most))
+  if not most:
+    return None
+  # Few sizes, for each is another program.
+  room = next(m for m in (shape[2] // 16, shape[2] // 4, shape[2]) if m >= most)
+  lanes = np.zeros((len(like), *shape[:2], room, like.shape[2]), like.dtype)
+  return Features(tokens=lanes[0], levels=lanes[1:] if len(lanes) > 1 else None)
