@@ -492,7 +492,7 @@ def test_every_preset_trains(launch, project, tmp_path):
   spent = timings(tmp_path)
   assert steps.keys() == presets.PRESETS.keys()
   for name, metrics in steps.items():
-    assert (spent[name]["encode"] > 0.1) == (name == frozen), name
+    assert (spent[name]["encode"] > 0.002) == (name == frozen), name
     assert 0 <= spent[name]["host_stall"] < spent[name]["seconds"]
     assert 0 < metrics["padding/columns"] < 1
     assert ("grad_norm/vision_tower" in metrics) == (name != frozen), name
