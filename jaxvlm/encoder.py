@@ -14,8 +14,9 @@ from jaxvlm.metrics import Metrics, add
 from jaxvlm.models import Network
 from jaxvlm.types import Features, Params, Question, Vision
 
-# Patches of a lane, at least: small pictures share one.
-_LANE = {"cpu": 256, "gpu": 1024, "tpu": 1024}
+# Patches of a lane, at least: small pictures share one, where long lanes are as
+# good as many.
+_LANE = {"cpu": 0, "gpu": 1024, "tpu": 1024}
 # And of all lanes of a data shard that are read together: what stays near two
 # cores, and what fills an accelerator.
 _TOGETHER = {"cpu": 4096, "gpu": 32768, "tpu": 32768}
