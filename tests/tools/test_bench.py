@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 
+from configs import common
+from jaxvlm import compiling, models
 from tools import bench
 
 SIDE, GROUP, LENGTH = 56, 2, 4  # pixels, completions, tokens
@@ -116,8 +118,8 @@ def inputs(policy, ids):
 def run(folder, monkeypatch, capsys):
   monkeypatch.setattr(bench, "LONGEST_WAIT", 0.0)
 
-  def one(work):
-    flags = (f"--work={work}", f"--work-dir={folder}", "--reps=2")
+  def one(work, *more):
+    flags = (f"--work={work}", f"--work-dir={folder}", "--reps=2", *more)
     monkeypatch.setattr(sys, "argv", ["bench", "--model=small", *flags])
     bench.main()
     return json.loads(capsys.readouterr().out)
@@ -127,7 +129,7 @@ def run(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("work", sorted(bench.METRICS))
 def test_every_work_is_done_and_checked(run, work):
-  line = run(work)
+  line = run(work, "--compilation_cache=")
   assert line["metric"] == bench.METRICS[work]
   assert line["median"] > 0 and line["n"] >= 2
   check = line["check"]
@@ -139,6 +141,29 @@ def test_every_work_is_done_and_checked(run, work):
     assert check["grad_norm1"] > 0 != check["loss2"] - check["loss1"]
   if work == "W5":
     assert check["shape"] == [8, 32]
+
+
+def test_programs_are_kept_where_runs_keep_them(run, monkeypatch):
+  kept = []
+  monkeypatch.setattr(compiling, "keep", kept.append)
+  tally = compiling.Tally(programs=7, cached=3, seconds=1.234)
+  monkeypatch.setattr(compiling, "tally", lambda: tally)
+  line = run("W5")
+  assert (line["compiled"], line["cached"], line["compile_s"]) == (4, 3, 1.23)
+  run("W5", "--compilation_cache=elsewhere")
+  assert kept == [common.base().compilation_cache, "elsewhere"]
+
+
+def test_remat_is_the_networks(run, monkeypatch):
+  asked, load = [], models.load_network
+  monkeypatch.setattr(compiling, "keep", lambda directory: None)
+  monkeypatch.setattr(
+    models,
+    "load_network",
+    lambda *args, **how: asked.append(how["remat"]) or load(*args, **how),
+  )
+  lines = [run("W5"), run("W5", "--remat=full")]
+  assert asked == [line["remat"] for line in lines] == ["dots", "full"]
 
 
 def test_a_folder_without_inputs_is_named(tmp_path, monkeypatch):

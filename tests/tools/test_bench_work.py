@@ -70,6 +70,7 @@ def arrays(folder):
 def test_bench_does_each_work_on_it(folder, work, monkeypatch, capsys):
   directory, name = folder
   flags = (f"--work={work}", f"--work-dir={directory}", "--reps=1")
+  flags += ("--compilation_cache=",)
   monkeypatch.setattr(sys, "argv", ["bench", f"--model={name}", *flags])
   monkeypatch.setattr(bench, "LONGEST_WAIT", 0.0)
   bench.main()
@@ -89,7 +90,9 @@ def test_bench_does_each_work_on_it(folder, work, monkeypatch, capsys):
 
 
 def test_bench_makes_the_same_patches_of_the_pictures(folder, arrays, tmp_path):
-  lab = bench.Lab.read(folder[0] / folder[1], microbatch_tokens=2048)
+  lab = bench.Lab.read(
+    folder[0] / folder[1], microbatch_tokens=2048, remat="none"
+  )
   processor = bench.make_processor(lab, tmp_path)
   made = []
   for i, picture in enumerate(arrays["images"]):
