@@ -21,9 +21,14 @@ Prints a table's row to stderr and a JSON line to stdout, whose `check` says tha
 it was the same work: the losses and gradient norms of W3, the first numbers of
 W5, the largest error of W1's logprobs against `policy_logps`.
 
-Of the programs that this process ran, `compiled` were compiled and `cached` read
-from --compilation_cache, in `compile_s` seconds. Compiling takes memory:
-`peak_rss_mb` is that of a run as users have it once what is slow is `cached`.
+`flops` and `bytes` are what a repetition needs (operations.py says what counts);
+`matmul_gflops` and `bandwidth_gb_s` are what this machine gives to products of
+such shapes and to large arrays, measured after the repetitions (machine.py),
+while others used `limit_other_cpu` of the cores. The slower of the two takes
+`limit_s`, and `share` is that over the median. Of the programs that this process
+ran before, `compiled` were compiled and `cached` read from --compilation_cache,
+in `compile_s` seconds. Compiling takes memory: `peak_rss_mb` is that of a run as
+users have it once what is slow is `cached`.
 """
 
 import argparse
@@ -62,6 +67,7 @@ from jaxvlm.packing import Packed
 from jaxvlm.rl import advantages
 from jaxvlm.rollout.sampler import Draws, Sampler
 from jaxvlm.types import Example, Experience, Params, Question
+from tools import machine, operations
 
 METRICS = {
   "W1": "tokens_per_s",
@@ -521,6 +527,31 @@ def repeated(
   return [w for w, _ in kept], [o for _, o in kept]
 
 
+def machine_limit(lab: Lab, work: str, seconds: float) -> dict[str, float]:
+  """What a repetition needs, what the machine gives, and the share reached."""
+  need = operations.of_work(
+    work, lab.network, lab.arrays, at_once=lab.microbatch_tokens
+  )
+  found: list[tuple[float, float]] = []
+
+  def measure() -> None:
+    rate = machine.matmul_rate(need.products, lab.dtype)
+    found.append((rate, machine.bandwidth()))
+
+  _, others = repeated(measure, 1, longest_wait=LONGEST_WAIT)
+  rate, bandwidth = (max(x) for x in zip(*found, strict=True))
+  limit = machine.limit(need, rate, bandwidth)
+  return {
+    "flops": need.flops,
+    "bytes": need.bytes,
+    "matmul_gflops": round(rate / 1e9, 2),
+    "bandwidth_gb_s": round(bandwidth / 1e9, 2),
+    "limit_other_cpu": round(min(others), 3),
+    "limit_s": round(limit, 6),
+    "share": round(limit / seconds, 4),
+  }
+
+
 def surroundings() -> dict[str, Any]:
   """What a figure depends on besides the work."""
   packages = ("jax", "jaxlib", "flax", "optax", "jaxvlm")
@@ -589,12 +620,13 @@ def main() -> None:
     "compiled": tally.programs - tally.cached,
     "cached": tally.cached,
     "compile_s": round(tally.seconds, 2),
+    **machine_limit(lab, given.work, statistics.median(walls)),
     "check": check,
   }
   print(
     f"{given.model} {given.work}: {line['median']:.4g} {line['metric']} "
     f"({line['min']:.4g} to {line['max']:.4g}, {line['n_quiet']} of {len(walls)} "
-    f"quiet), {peak:.0f} MB",
+    f"quiet), {peak:.0f} MB, {line['share']:.0%} of the machine's limit",
     file=sys.stderr,
   )
   print(json.dumps(line))

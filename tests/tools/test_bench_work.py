@@ -9,7 +9,7 @@ import pytest
 
 from jaxvlm.models import find_family
 from jaxvlm.types import Example
-from tools import bench, bench_work
+from tools import bench, bench_work, machine
 from tools.bench_work import MODELS, SHAPES, Sizes
 
 SIZES = Sizes(
@@ -73,6 +73,8 @@ def test_bench_does_each_work_on_it(folder, work, monkeypatch, capsys):
   flags += ("--compilation_cache=",)
   monkeypatch.setattr(sys, "argv", ["bench", f"--model={name}", *flags])
   monkeypatch.setattr(bench, "LONGEST_WAIT", 0.0)
+  monkeypatch.setattr(machine, "SECONDS", 0.001)
+  monkeypatch.setattr(machine, "ARRAY", 1 << 16)
   bench.main()
   line = json.loads(capsys.readouterr().out)
   check = line["check"]
