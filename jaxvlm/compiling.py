@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
+_CACHED = "/jax/compilation_cache/cache_hits"
 
 
 @dataclasses.dataclass
@@ -16,6 +17,7 @@ class Tally:
   """What was compiled, or read from the cache, since the process began."""
 
   programs: int = 0
+  cached: int = 0  # of them, those that were read
   seconds: float = 0.0
 
 
@@ -29,7 +31,12 @@ def _count(event: str, duration_secs: float, **_: str | int) -> None:
     _tally.seconds += duration_secs
 
 
+def _count_cached(event: str, **_: str | int) -> None:
+  _tally.cached += event == _CACHED
+
+
 jax.monitoring.register_event_duration_secs_listener(_count)
+jax.monitoring.register_event_listener(_count_cached)
 
 
 def keep(directory: str) -> None:

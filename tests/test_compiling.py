@@ -5,6 +5,7 @@ import collections
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxvlm import compiling
 
@@ -49,6 +50,35 @@ def test_programs_are_counted_and_their_seconds():
   after = compiling.tally()
   assert after.programs == before.programs + 2
   assert after.seconds > before.seconds
+
+
+@pytest.fixture
+def cache(tmp_path):
+  """An empty directory of programs, into which each is put."""
+  options = {
+    "jax_compilation_cache_dir": str(tmp_path),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  compilation_cache.reset_cache()
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def test_programs_that_are_read_are_told_from_those_compiled(cache):
+  found = []
+  for _ in range(2):
+    before = compiling.tally()
+    jax.jit(lambda x: 3 * x)(np.ones(5))
+    after = compiling.tally()
+    found.append(
+      (after.programs - before.programs, after.cached - before.cached)
+    )
+  assert found == [(1, 0), (1, 1)]
 
 
 def test_a_program_of_too_many_shapes_is_told_with_the_last_ones(shapes):

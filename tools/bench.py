@@ -20,6 +20,15 @@ ends with the result there; compilation is left out and told as first_call_s.
 Prints a table's row to stderr and a JSON line to stdout, whose `check` says that
 it was the same work: the losses and gradient norms of W3, the first numbers of
 W5, the largest error of W1's logprobs against `policy_logps`.
+
+`flops` and `bytes` are what a repetition needs (operations.py says what counts);
+`matmul_gflops` and `bandwidth_gb_s` are what this machine gives to products of
+such shapes and to large arrays, measured after the repetitions (machine.py),
+while others used `limit_other_cpu` of the cores. The slower of the two takes
+`limit_s`, and `share` is that over the median. Of the programs that this process
+ran before, `compiled` were compiled and `cached` read from --compilation_cache,
+in `compile_s` seconds. Compiling takes memory: `peak_rss_mb` is that of a run as
+users have it once what is slow is `cached`.
 """
 
 import argparse
@@ -41,7 +50,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvlm import models, sharding
+# Where the other tools are.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from configs import common
+from jaxvlm import compiling, models, sharding
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.vision_layout import (
   Layout,
@@ -53,6 +66,7 @@ from jaxvlm.packing import Packed
 from jaxvlm.rl import advantages
 from jaxvlm.rollout.sampler import Draws, Sampler
 from jaxvlm.types import Example, Experience, Params, Question
+from tools import machine, operations
 
 METRICS = {
   "W1": "tokens_per_s",
@@ -164,13 +178,15 @@ class Lab:
     )
 
   @classmethod
-  def read(cls, directory: pathlib.Path, microbatch_tokens: int) -> Self:
+  def read(
+    cls, directory: pathlib.Path, *, microbatch_tokens: int, remat: str
+  ) -> Self:
     """The work folder's."""
     network = models.load_network(
       directory / "policy",
       dtype=usual_dtype(),
       param_dtype="float32",
-      remat="none",
+      remat=remat,
     )
     params, reference = (
       models.load_params(
@@ -505,6 +521,31 @@ def repeated(
   return [w for w, _ in kept], [o for _, o in kept]
 
 
+def machine_limit(lab: Lab, work: str, seconds: float) -> dict[str, float]:
+  """What a repetition needs, what the machine gives, and the share reached."""
+  need = operations.of_work(
+    work, lab.network, lab.arrays, at_once=lab.microbatch_tokens
+  )
+  found: list[tuple[float, float]] = []
+
+  def measure() -> None:
+    rate = machine.matmul_rate(need.products, lab.dtype)
+    found.append((rate, machine.bandwidth()))
+
+  _, others = repeated(measure, 1, longest_wait=LONGEST_WAIT)
+  rate, bandwidth = (max(x) for x in zip(*found, strict=True))
+  limit = machine.limit(need, rate, bandwidth)
+  return {
+    "flops": need.flops,
+    "bytes": need.bytes,
+    "matmul_gflops": round(rate / 1e9, 2),
+    "bandwidth_gb_s": round(bandwidth / 1e9, 2),
+    "limit_other_cpu": round(min(others), 3),
+    "limit_s": round(limit, 6),
+    "share": round(limit / seconds, 4),
+  }
+
+
 def surroundings() -> dict[str, Any]:
   """What a figure depends on besides the work."""
   packages = ("jax", "jaxlib", "flax", "optax", "jaxvlm")
@@ -519,12 +560,21 @@ def surroundings() -> dict[str, Any]:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--model", required=True, help="a folder of --work-dir")
   parser.add_argument("--work", required=True, choices=sorted(METRICS))
   parser.add_argument("--work-dir", required=True, type=pathlib.Path)
   parser.add_argument("--reps", type=int, help="repetitions that count")
   parser.add_argument("--microbatch_tokens", type=int, default=2048)
+  parser.add_argument("--remat", default="dots", choices=models.REMAT)
+  parser.add_argument(
+    "--compilation_cache",
+    default=common.base().compilation_cache,
+    metavar="DIR",
+    help="of programs, as in a run's config; '': none (default: %(default)s)",
+  )
   parser.add_argument("--variant", default="")
   given = parser.parse_args()
   directory = given.work_dir / given.model
@@ -532,12 +582,16 @@ def main() -> None:
     sys.exit(
       f"bench: {directory} has no inputs.npz; tools/bench_work.py makes it."
     )
-  lab = Lab.read(directory, given.microbatch_tokens)
+  compiling.keep(given.compilation_cache)
+  lab = Lab.read(
+    directory, microbatch_tokens=given.microbatch_tokens, remat=given.remat
+  )
   run, amount, check = WORKS[given.work](lab)
   reps = given.reps or REPS.get(given.model.rpartition("-")[2], 5)
   walls, others, first = timed(run, reps)
   values = walls if given.work == "W4" else [amount / w for w in walls]
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  tally = compiling.tally()
   line = {
     "peer": "jaxvlm" + (f":{given.variant}" if given.variant else ""),
     "model": given.model,
@@ -550,18 +604,23 @@ def main() -> None:
     "values": [round(v, 5) for v in values],
     "higher_is_better": given.work != "W4",
     "dtype": lab.dtype,
+    "remat": given.remat,
     "peak_rss_mb": round(peak, 1),
     **surroundings(),
     "walls_s": [round(w, 4) for w in walls],
     "other_cpu": [round(o, 3) for o in others],
     "n_quiet": sum(o <= QUIET for o in others),
     "first_call_s": round(first, 2),
+    "compiled": tally.programs - tally.cached,
+    "cached": tally.cached,
+    "compile_s": round(tally.seconds, 2),
+    **machine_limit(lab, given.work, statistics.median(walls)),
     "check": check,
   }
   print(
     f"{given.model} {given.work}: {line['median']:.4g} {line['metric']} "
     f"({line['min']:.4g} to {line['max']:.4g}, {line['n_quiet']} of {len(walls)} "
-    f"quiet), {peak:.0f} MB",
+    f"quiet), {peak:.0f} MB, {line['share']:.0%} of the machine's limit",
     file=sys.stderr,
   )
   print(json.dumps(line))

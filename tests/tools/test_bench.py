@@ -8,7 +8,9 @@ import pytest
 import torch
 import transformers
 
-from tools import bench
+from configs import common
+from jaxvlm import compiling, models
+from tools import bench, machine, operations
 
 SIDE, GROUP, LENGTH = 56, 2, 4  # pixels, completions, tokens
 
@@ -115,9 +117,11 @@ def inputs(policy, ids):
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
   monkeypatch.setattr(bench, "LONGEST_WAIT", 0.0)
+  monkeypatch.setattr(machine, "SECONDS", 0.001)
+  monkeypatch.setattr(machine, "ARRAY", 1 << 16)
 
-  def one(work):
-    flags = (f"--work={work}", f"--work-dir={folder}", "--reps=2")
+  def one(work, *more):
+    flags = (f"--work={work}", f"--work-dir={folder}", "--reps=2", *more)
     monkeypatch.setattr(sys, "argv", ["bench", "--model=small", *flags])
     bench.main()
     return json.loads(capsys.readouterr().out)
@@ -127,7 +131,7 @@ def run(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("work", sorted(bench.METRICS))
 def test_every_work_is_done_and_checked(run, work):
-  line = run(work)
+  line = run(work, "--compilation_cache=")
   assert line["metric"] == bench.METRICS[work]
   assert line["median"] > 0 and line["n"] >= 2
   check = line["check"]
@@ -139,6 +143,82 @@ def test_every_work_is_done_and_checked(run, work):
     assert check["grad_norm1"] > 0 != check["loss2"] - check["loss1"]
   if work == "W5":
     assert check["shape"] == [8, 32]
+
+
+def test_the_share_of_what_the_machine_could_is_told(run, folder, monkeypatch):
+  monkeypatch.setattr(machine, "matmul_rate", lambda products, dtype: 1e9)
+  monkeypatch.setattr(machine, "bandwidth", lambda: 1e8)
+  line = run("W3", "--compilation_cache=", "--microbatch_tokens=64")
+  network = models.load_network(
+    folder / "small/policy",
+    dtype="float32",
+    param_dtype="float32",
+    remat="none",
+  )
+  arrays = np.load(folder / "small/inputs.npz")
+  need = operations.of_work("W3", network, arrays, at_once=64)
+  assert (line["flops"], line["bytes"]) == (need.flops, need.bytes)
+  assert line["matmul_gflops"] == 1 and line["bandwidth_gb_s"] == 0.1
+  limit = max(need.flops / 1e9, need.bytes / 1e8)
+  assert line["limit_s"] == pytest.approx(limit, abs=1e-6)
+  share = limit / np.median(line["walls_s"])
+  assert line["share"] == pytest.approx(share, rel=0.02, abs=1e-4)
+
+
+def test_the_machine_is_measured_again_where_others_were_busy(run, monkeypatch):
+  rates, shares = iter([1e9, 3e9]), iter([0.0, 0.0, 0.5, 0.0])
+  monkeypatch.setattr(machine, "matmul_rate", lambda *_: next(rates))
+  monkeypatch.setattr(bench, "lap", lambda since: (1.0, next(shares)))
+  line = run("W5", "--compilation_cache=")
+  assert line["matmul_gflops"] == 3.0
+  assert line["limit_other_cpu"] == 0.0
+
+
+def test_the_machine_is_measured_after_all_that_is_told(run, monkeypatch):
+  """Its arrays and programs are no part of a run's memory and programs."""
+  told = []
+  for module, name in (
+    (bench, "timed"),
+    (bench.resource, "getrusage"),
+    (compiling, "tally"),
+    (machine, "matmul_rate"),
+    (machine, "bandwidth"),
+  ):
+    call = getattr(module, name)
+    monkeypatch.setattr(
+      *(module, name),
+      lambda *args, call=call, name=name: told.append(name) or call(*args),
+    )
+  run("W5", "--compilation_cache=")
+  # The last two again, where others were busy.
+  assert told[:5] == [
+    *("timed", "getrusage", "tally"),
+    *("matmul_rate", "bandwidth"),
+  ]
+  assert set(told[5:]) <= {"matmul_rate", "bandwidth"}
+
+
+def test_programs_are_kept_where_runs_keep_them(run, monkeypatch):
+  kept = []
+  monkeypatch.setattr(compiling, "keep", kept.append)
+  tally = compiling.Tally(programs=7, cached=3, seconds=1.234)
+  monkeypatch.setattr(compiling, "tally", lambda: tally)
+  line = run("W5")
+  assert (line["compiled"], line["cached"], line["compile_s"]) == (4, 3, 1.23)
+  run("W5", "--compilation_cache=elsewhere")
+  assert kept == [common.base().compilation_cache, "elsewhere"]
+
+
+def test_remat_is_the_networks(run, monkeypatch):
+  asked, load = [], models.load_network
+  monkeypatch.setattr(compiling, "keep", lambda directory: None)
+  monkeypatch.setattr(
+    models,
+    "load_network",
+    lambda *args, **how: asked.append(how["remat"]) or load(*args, **how),
+  )
+  lines = [run("W5"), run("W5", "--remat=full")]
+  assert asked == [line["remat"] for line in lines] == ["dots", "full"]
 
 
 def test_a_folder_without_inputs_is_named(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from jaxvlm.models import find_family
 from jaxvlm.types import Example
-from tools import bench, bench_work
+from tools import bench, bench_work, machine
 from tools.bench_work import MODELS, SHAPES, Sizes
 
 SIZES = Sizes(
@@ -70,8 +70,11 @@ def arrays(folder):
 def test_bench_does_each_work_on_it(folder, work, monkeypatch, capsys):
   directory, name = folder
   flags = (f"--work={work}", f"--work-dir={directory}", "--reps=1")
+  flags += ("--compilation_cache=",)
   monkeypatch.setattr(sys, "argv", ["bench", f"--model={name}", *flags])
   monkeypatch.setattr(bench, "LONGEST_WAIT", 0.0)
+  monkeypatch.setattr(machine, "SECONDS", 0.001)
+  monkeypatch.setattr(machine, "ARRAY", 1 << 16)
   bench.main()
   line = json.loads(capsys.readouterr().out)
   check = line["check"]
@@ -89,7 +92,9 @@ def test_bench_does_each_work_on_it(folder, work, monkeypatch, capsys):
 
 
 def test_bench_makes_the_same_patches_of_the_pictures(folder, arrays, tmp_path):
-  lab = bench.Lab.read(folder[0] / folder[1], microbatch_tokens=2048)
+  lab = bench.Lab.read(
+    folder[0] / folder[1], microbatch_tokens=2048, remat="none"
+  )
   processor = bench.make_processor(lab, tmp_path)
   made = []
   for i, picture in enumerate(arrays["images"]):
