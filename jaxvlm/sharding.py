@@ -75,6 +75,11 @@ def use(mesh: Mesh) -> Iterator[None]:
     _mesh.reset(token)
 
 
+def mesh_in_use() -> Mesh | None:
+  """The one that `use` names here."""
+  return _mesh.get()
+
+
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
   """Mesh axes of an array with these logical axes.
 
@@ -122,16 +127,16 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def by_device(
   call: Callable[..., Any],
+  mesh: Mesh | None,
   arrays: Sequence[jax.Array],
   axes: Sequence[tuple[str | None, ...]],
   out_axes: Sequence[tuple[str | None, ...]],
 ) -> Any:
-  """`call` on each device's own part of arrays, where a mesh is in use.
+  """`call` on each device's own part of arrays with these logical axes.
 
   For what the compiler cannot split. A logical axis that does not divide in
   one of the arrays is whole in all of them.
   """
-  mesh = _mesh.get()
   if mesh is None or mesh.size == 1:
     return call(*arrays)
   whole = {
@@ -143,9 +148,7 @@ def by_device(
     if placed is None
   }
 
-  def specs(
-    axes: Sequence[tuple[str | None, ...]],
-  ) -> tuple[PartitionSpec, ...]:
+  def specs(axes: Sequence[tuple[str | None, ...]]) -> tuple[Any, ...]:
     return tuple(
       spec(tuple(None if axis in whole else axis for axis in names))
       for names in axes

@@ -1,23 +1,24 @@
 """block_attention's sums as one kernel a pass, for GPUs and TPUs.
 
 The same blocks, lists and float32 softmax, but a block's scores never leave the
-chip. The kernels are our own because cuDNN's attention knows padding, windows
-and causal order, not trees, and takes any other mask as an array [T T].
+chip. The kernels are our own because cuDNN's attention knows lengths, windows and
+causal order: of trees it would want the mask, an array [T T].
 """
 
+import dataclasses
 import functools
+import importlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxvlm import sharding
-from jaxvlm.nn import attention_gpu, attention_tpu
 from jaxvlm.nn.block_attention import Visibility
 
-# Each has `forward` and `backward`, of arrays as below.
-KERNELS = {"gpu": attention_gpu, "tpu": attention_tpu}
+BACKENDS = ("gpu", "tpu")
 
 # Rows go by data, heads by tensor; where kv heads do not divide, all stay whole.
 _HEADS = ("question", None, "kv_heads", None)
@@ -50,20 +51,36 @@ def attend(
   padded = [
     jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (query, keys, values)
   ]
-  backend = backend or jax.default_backend()
-  return _attend(*padded, visibility, backend, interpret)[:, :length]
+  run = _Kernels(
+    backend or jax.default_backend(), interpret, sharding.mesh_in_use()
+  )
+  return _attend(*padded, visibility, run)[:, :length]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@dataclasses.dataclass(frozen=True)
+class _Kernels:
+  """How to run them; the mesh is kept for a backward pass traced elsewhere."""
+
+  backend: str
+  interpret: bool
+  mesh: Mesh | None
+
+  def __call__(self, name: str, *, arrays: Any, axes: Any, out: Any) -> Any:
+    # Imported where it is used: Pallas takes a third of a second.
+    module = importlib.import_module(f"jaxvlm.nn.attention_{self.backend}")
+    kernel = functools.partial(getattr(module, name), interpret=self.interpret)
+    return sharding.by_device(kernel, self.mesh, arrays, axes, out)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(
   query: jax.Array,
   keys: jax.Array,
   values: jax.Array,
   visibility: Visibility,
-  backend: str,
-  interpret: bool,
+  run: _Kernels,
 ) -> jax.Array:
-  return _forward(query, keys, values, visibility, backend, interpret)[0]
+  return _forward(query, keys, values, visibility, run)[0]
 
 
 def _forward(
@@ -71,35 +88,34 @@ def _forward(
   keys: jax.Array,
   values: jax.Array,
   visibility: Visibility,
-  backend: str,
-  interpret: bool,
+  run: _Kernels,
 ) -> tuple[jax.Array, Any]:
-  out, normaliser = sharding.by_device(
-    functools.partial(KERNELS[backend].forward, interpret=interpret),
-    (query, keys, values, _records(visibility), *_reads(visibility.keys)),
-    (_HEADS, _HEADS, _HEADS, _TOKENS, *_READS),
-    (_HEADS, _ROWS),
+  out, normaliser = run(
+    "forward",
+    arrays=(
+      *(query, keys, values),
+      *(_records(visibility), *_reads(visibility.keys)),
+    ),
+    axes=(_HEADS, _HEADS, _HEADS, _TOKENS, *_READS),
+    out=(_HEADS, _ROWS),
   )
   return out, (query, keys, values, visibility, out, normaliser)
 
 
-def _backward(
-  backend: str, interpret: bool, kept: Any, gradient: jax.Array
-) -> tuple[Any, ...]:
+def _backward(run: _Kernels, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
   query, keys, values, visibility, out, normaliser = kept
   paid = jnp.sum(
     out.astype(jnp.float32) * gradient.astype(jnp.float32), axis=-1
   ).swapaxes(1, 2)
-  found = sharding.by_device(
-    functools.partial(KERNELS[backend].backward, interpret=interpret),
-    (
+  found = run(
+    "backward",
+    arrays=(
       *(query, keys, values, gradient, normaliser, paid),
-      _records(visibility),
-      *_reads(visibility.keys),
+      *(_records(visibility), *_reads(visibility.keys)),
       *_reads(visibility.queries),
     ),
-    (*4 * (_HEADS,), _ROWS, _ROWS, _TOKENS, *_READS, *_READS),
-    (_HEADS, _HEADS, _HEADS),
+    axes=(*4 * (_HEADS,), _ROWS, _ROWS, _TOKENS, *_READS, *_READS),
+    out=(_HEADS, _HEADS, _HEADS),
   )
   return (*found, None)
 

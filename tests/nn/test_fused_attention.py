@@ -147,14 +147,23 @@ def test_a_mesh_changes_nothing(make_mesh, backend, sizes, part):
   arrays = draw(0, WIDTH, ROWS)
   ids = np.stack([tree_row([(60, [25, 90])], WIDTH)] * ROWS, axis=1)
 
-  @jax.jit
-  def on_mesh(arrays, visibility):
-    with sharding.use(make_mesh(*sizes)):
-      return run.__wrapped__(arrays, visibility, backend)
-
   visibility = of_trees(*jnp.asarray(ids))
-  got = on_mesh(arrays, visibility)
-  assert got[0].sharding.shard_shape(got[0].shape) == part
+
+  def on_mesh(*inputs):
+    with sharding.use(make_mesh(*sizes)):
+      return fused_attention.attend(
+        *inputs, visibility, backend=backend, interpret=True
+      )
+
+  @jax.jit
+  def both(inputs, weight):
+    # The backward pass is traced where the mesh is no longer in use.
+    out, back = jax.vjp(on_mesh, *inputs)
+    return [out, *back(weight)]
+
+  got = both(arrays[:3], arrays[3])
+  for found in got[:2]:
+    assert found.sharding.shard_shape(found.shape) == part
   for one, all_ in zip(run(arrays, visibility, backend), got, strict=True):
     np.testing.assert_allclose(one, all_, rtol=0, atol=1e-6)
 
