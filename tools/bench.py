@@ -171,6 +171,7 @@ class Lab:
       dtype=usual_dtype(),
       param_dtype="float32",
       remat="none",
+      attention=models.choose_attention("auto"),
     )
     params, reference = (
       models.load_params(

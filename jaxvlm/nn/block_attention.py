@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxvlm.nn.softmax_blocks import NEVER
 from jaxvlm.types import record
 
+# Attention of query, keys and values [B T N H], told who sees whom.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # Columns of a block: a window of the vision tower, which is also what two cores
 # like best; accelerators want larger products.
 BLOCK = {"cpu": 64, "gpu": 128, "tpu": 256}
