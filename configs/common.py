@@ -26,6 +26,8 @@ def base(**overrides: object) -> ConfigDict:
         # none | dots | full: the backward pass computes again nothing, all but
         # products with weights, all but what passes between layers.
         "remat": "none",
+        # plain | fused: kernels for GPU and TPU | auto: fused where there are.
+        "attention": "auto",
       },
       "inputs": {
         "max_prompt_length": 2048,  # tokens; longer rows are dropped, counted

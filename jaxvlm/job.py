@@ -199,13 +199,16 @@ def prepare(
     stage.check_shards(sharding.data_shards(mesh), jax.process_count())
   _check_evaluation(config, schedule, sharding.data_shards(mesh))
 
+  attention = models.choose_attention(config["model"]["attention"])
   directory = _checkpoint(config["model"], config["seed"], workdir, display)
   network = models.load_network(
     directory,
     dtype=config["model"]["dtype"],
     param_dtype=config["model"]["param_dtype"],
     remat=config["model"]["remat"],
+    attention=attention,
   )
+  display.print(f"Attention on {jax.default_backend()}: {attention}.")
   models.check_tensors(network, directory)
   inputs = dict(config["inputs"])
   longest = inputs.pop("max_prompt_length")

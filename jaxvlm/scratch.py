@@ -96,6 +96,7 @@ def make_checkpoint(
       dtype="float32",
       param_dtype="float32",
       remat="none",
+      attention="plain",
     )
     _write_settings(source, network.config, tokenizer)
     params = network.init(seed)

@@ -2,7 +2,7 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +75,11 @@ def use(mesh: Mesh) -> Iterator[None]:
     _mesh.reset(token)
 
 
+def mesh_in_use() -> Mesh | None:
+  """The one that `use` names here."""
+  return _mesh.get()
+
+
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
   """Mesh axes of an array with these logical axes.
 
@@ -118,6 +123,44 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
   if mesh is None or mesh.size == 1:
     return x
   return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape))
+
+
+def by_device(
+  call: Callable[..., Any],
+  mesh: Mesh | None,
+  arrays: Sequence[jax.Array],
+  axes: Sequence[tuple[str | None, ...]],
+  out_axes: Sequence[tuple[str | None, ...]],
+) -> Any:
+  """`call` on each device's own part of arrays with these logical axes.
+
+  For what the compiler cannot split. A logical axis that does not divide in
+  one of the arrays is whole in all of them.
+  """
+  if mesh is None or mesh.size == 1:
+    return call(*arrays)
+  whole = {
+    axis
+    for x, names in zip(arrays, axes, strict=True)
+    for axis, placed in zip(
+      names, sharding(mesh, names, x.shape).spec, strict=True
+    )
+    if placed is None
+  }
+
+  def specs(axes: Sequence[tuple[str | None, ...]]) -> tuple[Any, ...]:
+    return tuple(
+      spec(tuple(None if axis in whole else axis for axis in names))
+      for names in axes
+    )
+
+  return jax.shard_map(
+    call,
+    mesh=mesh,
+    in_specs=specs(axes),
+    out_specs=specs(out_axes),
+    check_vma=False,  # kernels do not say over what theirs vary
+  )(*arrays)
 
 
 def place(mesh: Mesh, batch: Any) -> Any:

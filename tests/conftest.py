@@ -112,6 +112,7 @@ def network(family):
     dtype="float32",
     param_dtype="float32",
     remat="none",
+    attention="plain",
   )
 
 

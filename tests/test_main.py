@@ -143,6 +143,15 @@ def refused(launch, tmp_path):
       ["model.remat=half"],
       "model.remat: got 'half'; expected one of none, dots, full.",
     ),
+    (
+      ["model.attention=flash"],
+      "model.attention: got 'flash'; expected one of auto, plain, fused.",
+    ),
+    (
+      ["model.attention=fused"],
+      "model.attention: got 'fused', and the backend is cpu; there are kernels "
+      "for gpu, tpu. Set it to plain or auto.",
+    ),
     ([f"{DATA}=/no/rows.parquet"], "no such file '/no/rows.parquet'"),
     (
       ["inputs.max_prompt_length=9", PERCEIVE],

@@ -94,7 +94,11 @@ def make(path, family):
 @pytest.fixture(scope="module")
 def network(directory):
   return models.load_network(
-    directory, dtype="float32", param_dtype="float32", remat="none"
+    directory,
+    dtype="float32",
+    param_dtype="float32",
+    remat="none",
+    attention="plain",
   )
 
 

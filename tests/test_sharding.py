@@ -88,6 +88,37 @@ def test_constrain_acts_where_a_mesh_is_in_use_alone(make_mesh):
   assert split(x).sharding.shard_shape(x.shape) == (8, 2)
 
 
+@pytest.mark.parametrize(
+  ("rows", "heads", "part", "keys_part"),
+  [
+    (4, 2, (2, 2), (2, 1)),
+    (4, 1, (2, 4), (2, 1)),  # keys' heads do not divide: all are whole
+    (3, 2, (3, 2), (3, 1)),
+  ],
+)
+def test_each_device_gets_its_part_and_whole_what_does_not_divide(
+  make_mesh, rows, heads, part, keys_part
+):
+  shapes = []
+
+  def call(query, keys):
+    shapes.append((query.shape, keys.shape))
+    return (query + 1,)
+
+  axes = ("question", "kv_heads")
+  query = jnp.arange(rows * 4.0).reshape(rows, 4)
+  arrays = (query, jnp.zeros((rows, heads)))
+  by_device = lambda mesh: jax.jit(
+    lambda *arrays: sharding.by_device(
+      call, mesh, arrays, (axes, axes), (axes,)
+    )
+  )(*arrays)
+  (got,) = by_device(make_mesh(2, 1, 2))
+  np.testing.assert_array_equal(got, query + 1)
+  by_device(None)
+  assert shapes == [(part, keys_part), (query.shape, (rows, heads))]
+
+
 def test_a_batch_comes_back_from_the_devices_as_it_went(
   make_mesh, questions, layout
 ):

@@ -275,7 +275,11 @@ def test_the_export_loads_in_transformers_and_answers_greedily_as_here(
   rows = files.source(path=str(project / "held_out.parquet"))
   questions = [processor.question(rows[i], i) for i in range(4)]
   network = models.load_network(
-    export, dtype="float32", param_dtype="float32", remat="none"
+    export,
+    dtype="float32",
+    param_dtype="float32",
+    remat="none",
+    attention="plain",
   )
   mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES)
   sampler = Sampler(

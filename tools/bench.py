@@ -187,6 +187,7 @@ class Lab:
       dtype=usual_dtype(),
       param_dtype="float32",
       remat=remat,
+      attention=models.choose_attention("auto"),
     )
     params, reference = (
       models.load_params(

@@ -90,6 +90,7 @@ def make(size: str, directory: pathlib.Path) -> None:
     dtype="bfloat16",
     param_dtype="bfloat16",
     remat="none",
+    attention="plain",
   )
   rng = np.random.default_rng(0)
 

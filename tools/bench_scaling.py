@@ -178,6 +178,7 @@ def make_network(depth: int) -> models.Network:
     dtype=bench.usual_dtype(),
     param_dtype="float32",
     remat="none",
+    attention=models.choose_attention("auto"),
   )
 
 

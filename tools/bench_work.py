@@ -337,7 +337,11 @@ def make(config: Any, sizes: Sizes, directory: pathlib.Path) -> None:
     ValueError: pictures that the family's tokens do not divide.
   """
   network = models.Network(
-    config=config, dtype="float32", param_dtype="float32", remat="none"
+    config=config,
+    dtype="float32",
+    param_dtype="float32",
+    remat="none",
+    attention="plain",
   )
   arrays = draw_inputs(config, sizes)
   aside = directory.with_name(f".{directory.name}.partial")

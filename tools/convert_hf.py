@@ -279,7 +279,11 @@ def _make(directory: pathlib.Path, destination: pathlib.Path) -> None:
 
 def _network(directory: pathlib.Path, param_dtype: str) -> Network:
   return models.load_network(
-    directory, dtype="float32", param_dtype=param_dtype, remat="none"
+    directory,
+    dtype="float32",
+    param_dtype=param_dtype,
+    remat="none",
+    attention="plain",
   )
 
 

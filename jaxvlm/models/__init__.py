@@ -1,6 +1,12 @@
 """The models, one file a family; `Network` is how the package sees them."""
 
-from jaxvlm.models.network import REMAT, Network, find_family, find_size
+from jaxvlm.models.network import (
+  REMAT,
+  Network,
+  choose_attention,
+  find_family,
+  find_size,
+)
 from jaxvlm.models.pretrained import (
   ORBAX,
   check_tensors,
@@ -18,6 +24,7 @@ __all__ = [
   "REMAT",
   "Network",
   "check_tensors",
+  "choose_attention",
   "copy_companions",
   "find_family",
   "find_size",

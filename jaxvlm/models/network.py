@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxvlm.nn import kv_cache
-from jaxvlm.nn.block_attention import of_trees
+from jaxvlm.nn import block_attention, fused_attention, kv_cache
+from jaxvlm.nn.block_attention import Attend, of_trees
 from jaxvlm.nn.decoder import Embeds, visual_columns
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.sharding import constrain
@@ -20,6 +21,7 @@ from jaxvlm.types import Features, Params, Vision
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 REMAT = ("none", "dots", "full")
+ATTENTION = ("plain", "fused")
 
 
 def find_family(model_type: str | None) -> ModuleType:
@@ -52,6 +54,29 @@ def find_size(name: str) -> Any:
   return sizes[name]
 
 
+def choose_attention(name: str) -> str:
+  """One of ATTENTION, of such a name or "auto": fused where it has kernels.
+
+  Raises:
+    ValueError: another name, or fused on a backend without kernels.
+  """
+  backend = jax.default_backend()
+  if name not in ("auto", *ATTENTION):
+    raise ValueError(
+      f"model.attention: got {name!r}; expected one of auto, "
+      f"{', '.join(ATTENTION)}."
+    )
+  if name == "fused" and backend not in fused_attention.BACKENDS:
+    raise ValueError(
+      f"model.attention: got 'fused', and the backend is {backend}; there are "
+      f"kernels for {', '.join(fused_attention.BACKENDS)}. Set it to plain or "
+      "auto."
+    )
+  if name == "auto":
+    return "fused" if backend in fused_attention.BACKENDS else "plain"
+  return name
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
   """An architecture and its dtypes, without weights: static under jit.
@@ -65,16 +90,23 @@ class Network:
     param_dtype: of weights.
     remat: what the backward pass computes again: "none", all but products
       with weights ("dots"), or all but what passes between layers ("full").
+    attention: "plain" JAX, or the backend's "fused" kernels.
   """
 
   config: Any
   dtype: str
   param_dtype: str
   remat: str
+  attention: str
 
   def __post_init__(self) -> None:
     if self.remat not in REMAT:
       raise ValueError(f"remat: got {self.remat!r}, expected one of {REMAT}.")
+    if self.attention not in ATTENTION:
+      raise ValueError(
+        f"attention: got {self.attention!r}, expected one of {ATTENTION}."
+      )
+    choose_attention(self.attention)  # ValueError where it has no kernels
     jnp.dtype(self.dtype), jnp.dtype(self.param_dtype)  # TypeError if unknown
 
   # -- the tree of weights ---------------------------------------------------
@@ -140,7 +172,9 @@ class Network:
     if isinstance(vision, Features):
       return vision
     tower = _merge(self.skeleton.visual, params["visual"])
-    return tower(vision, dtype=self.dtype, remat=self.remat)
+    return tower(
+      vision, dtype=self.dtype, remat=self.remat, attend=self._attend
+    )
 
   def embed(
     self,
@@ -181,7 +215,7 @@ class Network:
     x, _ = decoder(
       embeds,
       position_ids,
-      of_trees(tree_ids, branch_ids),
+      self._within(tree_ids, branch_ids),
       keep_cache=False,
       remat=self.remat,
     )
@@ -207,7 +241,7 @@ class Network:
     x, caches = decoder(
       embeds,
       position_ids,
-      of_trees(tree_ids, jnp.minimum(tree_ids, 0)),
+      self._within(tree_ids, jnp.minimum(tree_ids, 0)),
       keep_cache=True,
       remat=self.remat,
     )
@@ -281,6 +315,16 @@ class Network:
     table = self.skeleton.language_model.embed_tokens
     embed = _merge(table, params["language_model"]["embed_tokens"])
     return constrain(embed(ids, self.dtype), "question", None, None)
+
+  @property
+  def _attend(self) -> Callable[..., jax.Array]:
+    form = {"plain": block_attention, "fused": fused_attention}[self.attention]
+    return form.attend
+
+  def _within(self, tree_ids: jax.Array, branch_ids: jax.Array) -> Attend:
+    """Attention of packed trees."""
+    visibility = of_trees(tree_ids, branch_ids)
+    return functools.partial(self._attend, visibility=visibility)
 
   @property
   def _num_layers(self) -> int:

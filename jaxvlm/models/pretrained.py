@@ -28,7 +28,12 @@ COMPANIONS = (".json", ".jinja", ".txt", ".model", "LICENSE")
 
 
 def load_network(
-  directory: str | pathlib.Path, *, dtype: str, param_dtype: str, remat: str
+  directory: str | pathlib.Path,
+  *,
+  dtype: str,
+  param_dtype: str,
+  remat: str,
+  attention: str,
 ) -> Network:
   """Reads the architecture of a checkpoint directory.
 
@@ -49,7 +54,11 @@ def load_network(
   except ValueError as error:
     raise ValueError(f"{directory}: {error}") from error
   return Network(
-    config=config, dtype=dtype, param_dtype=param_dtype, remat=remat
+    config=config,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    remat=remat,
+    attention=attention,
   )
 
 

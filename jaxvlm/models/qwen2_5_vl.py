@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxvlm.models import base
 from jaxvlm.nn import rope, vision
-from jaxvlm.nn.block_attention import BLOCK, WIDE, attend, of_segments
+from jaxvlm.nn.block_attention import BLOCK, WIDE, of_segments
 from jaxvlm.nn.layers import GatedMLP, RMSNorm, scan, stack
 from jaxvlm.sharding import constrain
 from jaxvlm.types import Features, Vision
@@ -177,7 +177,14 @@ class VisionTower(nnx.Module):
       rngs=rngs,
     )
 
-  def __call__(self, inputs: Vision, *, dtype: Any, remat: str) -> Features:
+  def __call__(
+    self,
+    inputs: Vision,
+    *,
+    dtype: Any,
+    remat: str,
+    attend: Callable[..., jax.Array],  # as block_attention's
+  ) -> Features:
     config = self.config
     assert inputs.window_segments is not None  # its Layout has windows
     whole, windows = (

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxvlm.models import base
 from jaxvlm.nn import rope, vision
-from jaxvlm.nn.block_attention import WIDE, attend, of_segments
+from jaxvlm.nn.block_attention import WIDE, of_segments
 from jaxvlm.nn.layers import MLP, Embed, LayerNorm, scan, stack
 from jaxvlm.sharding import constrain
 from jaxvlm.types import Features, Vision
@@ -188,7 +188,14 @@ class VisionTower(nnx.Module):
         rngs=rngs,
       )
 
-  def __call__(self, inputs: Vision, *, dtype: Any, remat: str) -> Features:
+  def __call__(
+    self,
+    inputs: Vision,
+    *,
+    dtype: Any,
+    remat: str,
+    attend: Callable[..., jax.Array],  # as block_attention's
+  ) -> Features:
     config = self.config
     angles = rope.vision_angles(
       jnp.asarray(inputs.rows),

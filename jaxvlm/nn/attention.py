@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxvlm.nn import kv_cache, rope
-from jaxvlm.nn.block_attention import Visibility, attend, scale_product
+from jaxvlm.nn.block_attention import Attend, scale_product
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.nn.layers import Linear, RMSNorm
 
@@ -97,10 +97,10 @@ class Attention(nnx.Module):
     self,
     x: Float[Array, "B T D"],
     angles: Float[Array, "B T F"],
-    visibility: Visibility,
+    attend: Attend,
   ) -> tuple[Float[Array, "B T D"], KVCache]:
     query, new = self._project(x, angles)
-    out = attend(query, new.keys, new.values, visibility)
+    out = attend(query, new.keys, new.values)
     return self.o_proj(out), new
 
   def decode(

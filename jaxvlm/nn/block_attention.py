@@ -7,7 +7,7 @@ shape: packed trees, padded prompts and the windows of a vision tower all run
 the same program, and cost what they see.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +15,16 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxvlm.nn.softmax_blocks import NEVER
 from jaxvlm.types import record
 
+# Attention of query, keys and values [B T N H], told who sees whom.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # Columns of a block: a window of the vision tower, which is also what two cores
 # like best; accelerators want larger products.
 BLOCK = {"cpu": 64, "gpu": 128, "tpu": 256}
 # Of segments that are whole pictures, which fill larger ones.
 WIDE = {"cpu": 256, "gpu": 128, "tpu": 256}
-_NEVER = -1e30  # finite: a row that sees nothing must not turn into NaN
 _BRANCHES = 1 << 15  # of a segment
 
 
@@ -40,16 +42,23 @@ class Tokens:
 
   def see(self, keys: "Tokens") -> Bool[Array, "... b b"]:
     """Which of the keys each of these queries sees."""
-
-    def pair(name: str) -> tuple[Array, Array]:
-      own, other = getattr(self, name), getattr(keys, name)
-      return own[..., :, None], other[..., None, :]
-
-    (segment, own), (branch, other), (rank, above) = map(
-      pair, ("segments", "branches", "ranks")
+    return sees(
+      jax.tree.map(lambda x: x[..., :, None], self),
+      jax.tree.map(lambda x: x[..., None, :], keys),
     )
-    same = (segment == own) & (segment >= 0)
-    return same & ((other == 0) | (other == branch)) & (above <= rank)
+
+
+def tokens_of(records: Sequence[jax.Array]) -> Tokens:
+  """Of segments, branches and ranks."""
+  segments, branches, ranks = records
+  return Tokens(segments=segments, branches=branches, ranks=ranks)
+
+
+def sees(query: Tokens, key: Tokens) -> Bool[Array, "..."]:
+  """Whether the one sees the other."""
+  same = (query.segments == key.segments) & (query.segments >= 0)
+  near = (key.branches == 0) | (key.branches == query.branches)
+  return same & near & (key.ranks <= query.ranks)
 
 
 @record
@@ -95,7 +104,9 @@ def of_segments(
 
 def _visibility(tokens: Tokens, block: Mapping[str, int] = BLOCK) -> Visibility:
   length = tokens.segments.shape[1]
-  size = min(block[jax.default_backend()], -(-length // 8) * 8)
+  # Powers of two from 16 on are what a GPU's kernels take.
+  least = max(16, 1 << (length - 1).bit_length())
+  size = min(block[jax.default_backend()], least)
   tokens = Tokens(
     **{
       name: _blocks(getattr(tokens, name), size, fill)
@@ -215,11 +226,11 @@ def _forward(
       )
 
     zeros = jnp.zeros(own.shape, jnp.float32)
-    start = (zeros[..., 0] + _NEVER, zeros[..., 0], zeros)
+    start = (zeros[..., 0] + NEVER, zeros[..., 0], zeros)
     top, total, out = _over(reads, add, start)
     some = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     # exp(scores - normaliser) is 0 in a row that sees nothing.
-    normaliser = jnp.where(total > 0, top + jnp.log(some), -_NEVER)
+    normaliser = jnp.where(total > 0, top + jnp.log(some), -NEVER)
     return (out / some[..., None]).astype(own.dtype), normaliser
 
   reads = (visibility.keys, visibility.num_keys)
@@ -339,7 +350,7 @@ def _scores(
   seen: Bool[Array, "B q b"],
 ) -> Float[Array, "B K r b"]:
   scores = scale_product("bkrh,bksh->bkrs", query, keys)
-  return jnp.where(_by_head(seen, scores), scores, _NEVER)
+  return jnp.where(_by_head(seen, scores), scores, NEVER)
 
 
 def _exp(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxvlm.nn import rope
 from jaxvlm.nn.attention import Attention
-from jaxvlm.nn.block_attention import Visibility
+from jaxvlm.nn.block_attention import Attend
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.nn.layers import Embed, GatedMLP, RMSNorm, scan, stack
 from jaxvlm.sharding import constrain
@@ -108,9 +108,9 @@ class DecoderLayer(nnx.Module):
     )
 
   def __call__(
-    self, x: jax.Array, angles: jax.Array, visibility: Visibility
+    self, x: jax.Array, angles: jax.Array, attend: Attend
   ) -> tuple[Float[Array, "B T D"], KVCache]:
-    out, cache = self.self_attn(self.input_layernorm(x), angles, visibility)
+    out, cache = self.self_attn(self.input_layernorm(x), angles, attend)
     return self._mlp(x + out), cache
 
   def decode(
@@ -169,7 +169,7 @@ class Decoder(nnx.Module):
     self,
     embeds: Embeds,
     position_ids: Int[Array, "3 B T"],
-    visibility: Visibility,
+    attend: Attend,
     *,
     keep_cache: bool,
     remat: str,
@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
     def call(
       layer: DecoderLayer, x: jax.Array, i: jax.Array
     ) -> tuple[jax.Array, KVCache | None]:
-      x, cache = layer(x, angles, visibility)
+      x, cache = layer(x, angles, attend)
       if count:
         x = jax.lax.cond(i < count, add_level, lambda x, i: x, x, i)
       return x, cache if keep_cache else None

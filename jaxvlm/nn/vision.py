@@ -13,12 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxvlm.nn import rope
+from jaxvlm.nn.block_attention import Attend
 from jaxvlm.nn.layers import MLP, Linear
 
 EPS = 1e-6  # hard-coded in HF's towers
-
-# Of query, keys and values [S L N H]: block_attention.attend, told who sees whom.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -141,7 +141,11 @@ def directory(hf, tmp_path_factory):
 
 def load(directory):
   return models.load_network(
-    directory, dtype="float32", param_dtype="float32", remat="none"
+    directory,
+    dtype="float32",
+    param_dtype="float32",
+    remat="none",
+    attention="plain",
   )
 
 

@@ -139,6 +139,7 @@ def test_a_size_by_name_has_the_published_number_of_parameters(size):
     dtype="bfloat16",
     param_dtype="bfloat16",
     remat="full",
+    attention="plain",
   )
   shapes = jax.tree.leaves(network.shapes())
   assert sum(leaf.size for leaf in shapes) == COUNTS[size]

@@ -1,6 +1,7 @@
 """The tree forward, decoding, and what a network says of its weights."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxvlm import sharding
-from jaxvlm.models import find_family, load_params
+from jaxvlm.models import choose_attention, find_family, load_params
+from jaxvlm.nn import fused_attention
 from jaxvlm.types import Features
 from tests import dense
 
@@ -140,6 +142,40 @@ def test_tree_rows_with_remat_equal_naive_rows_in_values_and_gradients(
     assert error <= 1e-5 * np.linalg.norm(expected), error
 
   jax.tree.map(close, gradient, expected_gradient)
+
+
+def test_fused_attention_is_that_of_tower_and_decoder(
+  network, params, prompts, monkeypatch
+):
+  """The TPU's kernels, interpreted."""
+  called = set()
+
+  def attend(query, *args, **kwargs):
+    called.add(query.shape)
+    return interpreted(query, *args, **kwargs)
+
+  interpreted = functools.partial(
+    fused_attention.attend, backend="tpu", interpret=True
+  )
+  monkeypatch.setattr(fused_attention, "attend", attend)
+  monkeypatch.setattr(fused_attention, "BACKENDS", ("cpu",))
+  ids, index = prompts.prompt_ids, prompts.vision_index
+  row = np.where(prompts.prompt_mask, 0, -1)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(network, params):
+    features = network.encode(params, prompts.vision)
+    embeds = network.embed(params, ids, index, features)
+    return network.forward(params, embeds, prompts.position_ids, row, row)
+
+  expected = run(network, params)
+  assert not called
+  got = run(dataclasses.replace(network, attention="fused"), params)
+  assert {shape[1] for shape in called} == {
+    ids.shape[1],
+    prompts.vision.rows.shape[1],
+  }
+  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
 @qwen2_5_vl
@@ -369,3 +405,22 @@ def test_an_unknown_family_is_refused_by_name():
 def test_an_unknown_remat_is_refused(network):
   with pytest.raises(ValueError, match="remat"):
     dataclasses.replace(network, remat="some")
+
+
+@pytest.mark.parametrize(
+  ("attention", "told"),
+  [
+    ("auto", r"attention: got 'auto', expected one of \('plain', 'fused'\)"),
+    ("fused", "got 'fused', and the backend is cpu; there are kernels for gpu"),
+  ],
+)
+def test_an_attention_that_is_not_here_is_refused(network, attention, told):
+  with pytest.raises(ValueError, match=told):
+    dataclasses.replace(network, attention=attention)
+
+
+def test_auto_is_fused_where_there_are_kernels(monkeypatch):
+  assert choose_attention("auto") == "plain"
+  monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+  assert choose_attention("auto") == choose_attention("fused") == "fused"
+  assert choose_attention("plain") == "plain"

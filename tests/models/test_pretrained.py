@@ -22,7 +22,12 @@ qwen2_5_vl, qwen3_vl = (
   for name in ("qwen2_5_vl", "qwen3_vl")
 )
 
-DTYPES = {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
+DTYPES = {
+  "dtype": "float32",
+  "param_dtype": "float32",
+  "remat": "none",
+  "attention": "plain",
+}
 
 
 def load(directory):
@@ -233,7 +238,11 @@ def test_an_export_does_not_replace_what_is_no_model(
 @qwen2_5_vl
 def test_an_export_in_bfloat16_says_so(directory, tmp_path):
   network = load_network(
-    directory, dtype="bfloat16", param_dtype="bfloat16", remat="none"
+    directory,
+    dtype="bfloat16",
+    param_dtype="bfloat16",
+    remat="none",
+    attention="plain",
   )
   params = load_params(network, directory)
   save_hf(network, params, directory, tmp_path / "export")

@@ -1,5 +1,7 @@
 """Attention against torch, and a group's against each row's own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl as reference
 
 from jaxvlm.nn import kv_cache
 from jaxvlm.nn.attention import Attention, attend_group
-from jaxvlm.nn.block_attention import of_trees
+from jaxvlm.nn.block_attention import attend, of_trees
 from jaxvlm.nn.kv_cache import KVCache
 
 B, T, N, K, H = 2, 6, 4, 2, 8
@@ -23,6 +25,11 @@ B, T, N, K, H = 2, 6, 4, 2, 8
 def draw():
   random = np.random.default_rng(0)
   return lambda *shape: random.normal(size=shape).astype(np.float32)
+
+
+def attend_causally():
+  visibility = of_trees(*2 * [jnp.zeros((B, T), jnp.int32)])
+  return functools.partial(attend, visibility=visibility)
 
 
 columns = st.lists(st.booleans(), min_size=7, max_size=7)
@@ -87,7 +94,7 @@ def test_decoding_column_by_column_equals_one_pass(draw, qk_norm_eps):
   )
   x = draw(B, T, 16)
   angles = jnp.asarray(draw(B, T, H // 2))
-  causal = of_trees(*2 * [jnp.zeros((B, T), jnp.int32)])
+  causal = attend_causally()
   expected, cache = attention(x, angles, causal)
   start = 2
   prompt = jax.tree.map(lambda x: x[:, :start], cache)
@@ -154,7 +161,7 @@ def both_of(normed, draw):
     position_embeddings=(twice.cos(), twice.sin()),
     attention_mask=torch.tensor(mask)[:, None],
   )
-  causal = of_trees(*2 * [jnp.zeros((B, T), jnp.int32)])
+  causal = attend_causally()
   got, _ = ours(x, jnp.asarray(angles), causal)
   return np.asarray(got), expected.detach().numpy()
 
