@@ -9,7 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxvlm import compiling, filling, sharding
-from jaxvlm.data.vision_layout import Layout, pack_vision, patch_capacity
+from jaxvlm.data.vision_layout import (
+  Layout,
+  capacity,
+  pack_vision,
+  patch_capacity,
+)
 from jaxvlm.metrics import Metrics, add
 from jaxvlm.models import Network
 from jaxvlm.types import Features, Params, Question, Vision
@@ -20,6 +25,7 @@ _LANE = {"cpu": 0, "gpu": 1024, "tpu": 1024}
 # And of all lanes of a data shard that are read together: what stays near two
 # cores, and what fills an accelerator.
 _TOGETHER = {"cpu": 4096, "gpu": 32768, "tpu": 32768}
+_CALLS = 4  # for a batch in which each question has a lane of its own
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -59,12 +65,15 @@ class Encoder:
     if not longest or questions[0].features is not None:
       return list(questions)
     lane = patch_capacity(max(longest, self._least), self._layout)
+    # One shape for batches of so many questions, however many are of text.
+    together = capacity(-(-len(questions) // self._shards // _CALLS))
     rows, together, _ = filling.fill(
       sizes,
       np.zeros_like(sizes),
       width=lane,
       shards=self._shards,
-      together=max(_TOGETHER[jax.default_backend()] // lane, 1),
+      together=min(together, max(_TOGETHER[jax.default_backend()] // lane, 1)),
+      even=False,
     )
     whole = float(len(rows) * lane)
     self.padding = add(

@@ -24,6 +24,7 @@ def fill(
   width: int,
   shards: int,
   together: int,
+  even: bool,
 ) -> Rows:
   """Few rows that hold all items, as many on each host.
 
@@ -32,17 +33,19 @@ def fill(
     others: a second size, which is spread evenly and has no bound.
     width: of a row.
     shards: data shards of this host; each has as many rows.
-    together: rows of a shard in one call, at most.
+    together: rows of a shard in one call.
+    even: fewer, where calls then hold more nearly as much; else all have that
+      number, whatever the items.
   """
   whole = int(sharding.agree_max(sizes.sum()))
   needed = max(-(-whole // (shards * width)), 1)
   while True:
     calls = -(-needed // together)
-    own = min(together, capacity(-(-needed // calls))) * shards
-    members = balanced(sizes, others, calls * own)
+    own = min(together, capacity(-(-needed // calls))) if even else together
+    members = balanced(sizes, others, calls * own * shards)
     fullest = int(sharding.agree_max(_fullest(sizes, members)))
     if fullest <= width:
-      return Rows(members, own, fullest)
+      return Rows(members, own * shards, fullest)
     needed += 1
 
 

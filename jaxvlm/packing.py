@@ -151,6 +151,7 @@ def plan(
     width=width,
     shards=shards,
     together=max(tokens // width, 1),
+    even=True,
   )
   if len(rows) == shards:
     width = min(2 ** math.ceil(math.log2(fullest)), width)

@@ -10,33 +10,35 @@ sizes = st.lists(st.integers(1, 100), min_size=1, max_size=40).map(np.array)
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes, st.integers(1, 3), st.integers(1, 5), st.data())
-def test_each_item_stands_in_one_row_that_holds_it(items, shards, most, data):
+@given(sizes, st.integers(1, 3), st.integers(1, 5), st.booleans(), st.data())
+def test_each_item_stands_in_one_row_that_holds_it(
+  items, shards, most, even, data
+):
   width = data.draw(st.integers(int(items.max()), 300))
   rows, together, fullest = filling.fill(
-    items, items % 3, width=width, shards=shards, together=most
+    items, items % 3, width=width, shards=shards, together=most, even=even
   )
   assert sorted(item for row in rows for item in row) == list(range(len(items)))
   assert max(items[row].sum() for row in rows) == fullest <= width
   assert len(rows) % together == 0 and together % shards == 0
   assert together <= most * shards
+  assert even or together == most * shards
 
 
 def test_calls_are_as_even_as_their_sizes_allow():
   """Nine rows of which eight fit a call are two calls of six, not of eight."""
-  rows, together, _ = filling.fill(
-    np.full(9, 10), np.zeros(9), width=10, shards=1, together=8
-  )
-  assert (len(rows), together) == (12, 6)
+  items = np.full(9, 10), np.zeros(9)
+  for even, expected in ((True, (12, 6)), (False, (16, 8))):
+    rows, together, _ = filling.fill(
+      *items, width=10, shards=1, together=8, even=even
+    )
+    assert (len(rows), together) == expected
 
 
 def test_no_items_are_one_empty_row_for_each_shard():
   none = np.zeros(3, int)
-  assert filling.fill(none, none, width=8, shards=2, together=4) == (
-    [[], []],
-    2,
-    0,
-  )
+  found = filling.fill(none, none, width=8, shards=2, together=4, even=True)
+  assert found == ([[], []], 2, 0)
 
 
 @settings(max_examples=60, deadline=None)

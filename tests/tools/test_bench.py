@@ -154,6 +154,7 @@ def test_the_share_of_what_the_machine_could_is_told(run, folder, monkeypatch):
     dtype="float32",
     param_dtype="float32",
     remat="none",
+    attention="plain",
   )
   arrays = np.load(folder / "small/inputs.npz")
   need = operations.of_work("W3", network, arrays, at_once=64)
