@@ -49,9 +49,9 @@ def weigh(
 
 
 def settle(top: jax.Array, total: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What the sum of weighted values is divided by, and exp(scores - it)'s it.
+  """The divisor of summed values, and the normaliser that `slope` is given.
 
-  The latter makes every weight 0 of a query that sees nothing.
+  exp(scores - normaliser) are the weights; 0 of a query that sees nothing.
   """
   some = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
   return some, jnp.where(total > 0, top + jnp.log(some), -NEVER)
