@@ -22,6 +22,7 @@ from jaxvlm.types import Features, Params, Question, Vision
 # Patches of a lane, at least: small pictures share one, where long lanes are as
 # good as many.
 _LANE = {"cpu": 0, "gpu": 1024, "tpu": 1024}
+_STEP = {"cpu": 16, "gpu": 128, "tpu": 128}  # in which lanes are wider
 # And of all lanes of a data shard that are read together: what stays near two
 # cores, and what fills an accelerator.
 _TOGETHER = {"cpu": 4096, "gpu": 32768, "tpu": 32768}
@@ -49,7 +50,10 @@ class Encoder:
     patches: int = 0,  # of the question with most, where that is known
   ):
     self._network, self._mesh, self._layout = network, mesh, layout
-    self._least = max(patches, _LANE[jax.default_backend()])
+    # Of known data a lane holds the largest; others have a bucket of their own.
+    backend = jax.default_backend()
+    known = -(-patches // _STEP[backend]) * _STEP[backend]
+    self._known = max(known, _LANE[backend])
     self._shards = sharding.data_shards(mesh) // jax.process_count()
     self.padding: Metrics = {}
 
@@ -64,7 +68,9 @@ class Encoder:
     longest = int(sharding.agree_max(sizes.max()))
     if not longest or questions[0].features is not None:
       return list(questions)
-    lane = patch_capacity(max(longest, self._least), self._layout)
+    lane = self._known
+    if longest > lane:
+      lane = patch_capacity(longest, self._layout)
     # One shape for batches of so many questions, however many are of text.
     together = capacity(-(-len(questions) // self._shards // _CALLS))
     rows, together, _ = filling.fill(

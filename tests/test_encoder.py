@@ -157,7 +157,7 @@ def test_a_lane_is_as_wide_as_the_data_need(
   """Batches of any pictures have one width."""
   encoder = Encoder(network=network, mesh=mesh, layout=layout, patches=1000)
   encoder(placed, questions[:2])
-  assert encoder.padding["padding/lanes"][1] == 1024
+  assert encoder.padding["padding/lanes"][1] == 1008
 
 
 def test_text_alone_needs_no_tower(network, mesh, layout, questions):

@@ -108,15 +108,15 @@ class Lab:
     *,
     network: models.Network,
     params: Params,
-    reference: Params | None,  # None: for work that needs none
-    arrays: Mapping[str, np.ndarray],  # of inputs.npz, as far as read
+    reference: Callable[[], Params],  # called by the works that need them
+    arrays: Mapping[str, np.ndarray],  # of inputs.npz, read when asked for
     group: int,
     length: int,
     microbatch_tokens: int,
   ):
     self.network, self.mesh = network, make_mesh()
     self.params = self.lay_out(params)
-    self.reference = None if reference is None else self.lay_out(reference)
+    self._load_reference = reference
     self.arrays = arrays
     self.group, self.length = group, length
     self.microbatch_tokens = microbatch_tokens
@@ -132,6 +132,13 @@ class Lab:
       banned=banned,
       layout=self.layout,
       lengths=[len(ids) for ids in arrays.get("prompts", ())],
+      patches=max(
+        int(arrays[name].prod(axis=1).max())
+        for name in ("grid", "v_grid")
+        if name in arrays
+      )
+      if arrays
+      else 0,
     )
     self.draws = Draws(
       num_completions=self.group,
@@ -189,22 +196,26 @@ class Lab:
       remat=remat,
       attention=models.choose_attention("auto"),
     )
-    params, reference = (
-      models.load_params(
+
+    def load(name: str) -> Params:
+      return models.load_params(
         network, directory / name, make_mesh(), lambda count: None
       )
-      for name in ("policy", "ref")
-    )
-    arrays = dict(np.load(directory / "inputs.npz"))
+
+    arrays = np.load(directory / "inputs.npz")
     return cls(
       network=network,
-      params=params,
-      reference=reference,
+      params=load("policy"),
+      reference=functools.partial(load, "ref"),
       arrays=arrays,
       group=int(arrays["G"]),
       length=int(arrays["R"]),
       microbatch_tokens=microbatch_tokens,
     )
+
+  @functools.cached_property
+  def reference(self) -> Params:
+    return self.lay_out(self._load_reference())
 
   @functools.cached_property
   def questions(self) -> list[Question]:
@@ -286,8 +297,12 @@ class Lab:
     return state, jax.device_get(metrics)
 
 
-def rollout(lab: Lab, *, limited: bool) -> tuple[Callable[[], Any], float, Any]:
-  """W1, W2: (one repetition, tokens of it, check)."""
+# One repetition, how much it does, and what tells that it was the work.
+Work = tuple[Callable[[], Any], float, Callable[[], dict[str, Any]]]
+
+
+def rollout(lab: Lab, *, limited: bool) -> Work:
+  """W1, W2, in tokens."""
   questions, turn = lab.questions, iter(range(10**9))
   limits = lab.groups("lengths").astype(np.int32) if limited else None
   tokens = (
@@ -304,14 +319,16 @@ def rollout(lab: Lab, *, limited: bool) -> tuple[Callable[[], Any], float, Any]:
     )
     assert found.completion_mask.sum() == tokens
 
-  ids = lab.groups("completions")
-  logprobs = lab.logprobs(lab.params, questions, ids)
-  error = np.abs(logprobs - lab.groups("policy_logps")).max()
-  return run, tokens, {"max_abs_logp_err": float(error)}
+  def check() -> dict[str, Any]:
+    logprobs = lab.logprobs(lab.params, questions, lab.groups("completions"))
+    error = np.abs(logprobs - lab.groups("policy_logps")).max()
+    return {"max_abs_logp_err": float(error)}
+
+  return run, tokens, check
 
 
-def update(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
-  """W3: (one repetition, samples of it, check)."""
+def update(lab: Lab) -> Work:
+  """W3, in samples."""
   state = lab.learner.init(lab.params)
   ids, values = lab.groups("completions"), lab.groups("advantages")
   old = lab.groups("old_logps")
@@ -331,11 +348,11 @@ def update(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
       total, count = (x[0] for x in metrics["kl"])
       told["kl1"] = round(float(total / count), 6)
 
-  return run, ids.shape[0] * ids.shape[1], told
+  return run, ids.shape[0] * ids.shape[1], lambda: told
 
 
-def step(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
-  """W4: (one repetition, 1, check)."""
+def step(lab: Lab) -> Work:
+  """W4, in steps."""
   with tempfile.TemporaryDirectory() as directory:
     processor = make_processor(lab, pathlib.Path(directory))
   words = [[f"t{i}" for i in row] for row in lab.arrays["text"]]
@@ -370,7 +387,7 @@ def step(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
     )
     told["grad_norm"] = round(float(metrics["grad_norm"][0]), 5)
 
-  return run, 1, told
+  return run, 1, lambda: told
 
 
 def make_processor(lab: Lab, directory: pathlib.Path) -> Processor:
@@ -434,8 +451,8 @@ def make_processor(lab: Lab, directory: pathlib.Path) -> Processor:
   )
 
 
-def vision(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
-  """W5: (one repetition, pictures of it, check)."""
+def vision(lab: Lab) -> Work:
+  """W5, in pictures."""
   grids = lab.arrays["v_grid"]
   pixels = np.split(lab.arrays["v_pixels"], len(grids))
   image = lab.layout.image_token_id
@@ -459,7 +476,7 @@ def vision(lab: Lab) -> tuple[Callable[[], Any], float, Any]:
     told["rms"] = round(float(np.sqrt((rows**2).mean())), 6)
     told["row0"] = [round(float(x), 5) for x in rows[0, :4]]
 
-  return run, len(grids), told
+  return run, len(grids), lambda: told
 
 
 WORKS = {
@@ -616,7 +633,7 @@ def main() -> None:
     "cached": tally.cached,
     "compile_s": round(tally.seconds, 2),
     **machine_limit(lab, given.work, statistics.median(walls)),
-    "check": check,
+    "check": check(),
   }
   print(
     f"{given.model} {given.work}: {line['median']:.4g} {line['metric']} "

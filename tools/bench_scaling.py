@@ -187,7 +187,7 @@ def make_lab(sizes: Sizes) -> Lab:
   return Lab(
     network=network,
     params=network.init(0),
-    reference=network.init(1),
+    reference=lambda: network.init(1),
     arrays={},
     group=sizes.group,
     length=sizes.completion,

@@ -89,7 +89,8 @@ class Network:
     dtype: of activations; norms, softmax and rope angles stay float32.
     param_dtype: of weights.
     remat: what the backward pass computes again: "none", all but products
-      with weights ("dots"), or all but what passes between layers ("full").
+      with weights and attention ("dots"), or all but what passes between
+      layers ("full").
     attention: "plain" JAX, or the backend's "fused" kernels.
   """
 

@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxvlm.nn.layers import KEPT
 from jaxvlm.nn.softmax_blocks import NEVER
 from jaxvlm.types import record
 
@@ -103,10 +105,11 @@ def of_segments(
 
 
 def _visibility(tokens: Tokens, block: Mapping[str, int] = BLOCK) -> Visibility:
-  length = tokens.segments.shape[1]
-  # Powers of two from 16 on are what a GPU's kernels take.
-  least = max(16, 1 << (length - 1).bit_length())
-  size = min(block[jax.default_backend()], least)
+  length, most = tokens.segments.shape[1], block[jax.default_backend()]
+  if jax.default_backend() == "cpu":  # equal blocks: the last one is full too
+    size = -(-length // -(-length // most) // 8) * 8
+  else:  # powers of two from 16 on are what a GPU's kernels take
+    size = min(most, max(16, 1 << (length - 1).bit_length()))
   tokens = Tokens(
     **{
       name: _blocks(getattr(tokens, name), size, fill)
@@ -234,7 +237,9 @@ def _forward(
     return (out / some[..., None]).astype(own.dtype), normaliser
 
   reads = (visibility.keys, visibility.num_keys)
-  out, normaliser = _each(block, (query, tokens), reads)
+  out, normaliser = (
+    checkpoint_name(x, KEPT) for x in _each(block, (query, tokens), reads)
+  )
   return out, (query, keys, values, visibility, out, normaliser)
 
 

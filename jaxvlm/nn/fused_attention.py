@@ -12,11 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxvlm import sharding
 from jaxvlm.nn.block_attention import Visibility
+from jaxvlm.nn.layers import KEPT
 
 BACKENDS = ("gpu", "tpu")
 
@@ -99,6 +101,7 @@ def _forward(
     axes=(_HEADS, _HEADS, _HEADS, _TOKENS, *_READS),
     out=(_HEADS, _ROWS),
   )
+  out, normaliser = (checkpoint_name(x, KEPT) for x in (out, normaliser))
   return out, (query, keys, values, visibility, out, normaliser)
 
 

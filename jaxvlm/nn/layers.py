@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Int
 M = TypeVar("M", bound=nnx.Module)
 T = TypeVar("T")
 
+KEPT = "kept"  # name (checkpoint_name) of what is too dear to compute again
+
 
 def param(
   value: jax.Array,
@@ -224,8 +226,8 @@ def scan(
     x: the stream, a pytree.
     inputs: pytree of arrays with a leading layer axis.
     remat: "none" keeps what the backward pass needs; "dots" only products
-      with weights and x between layers, "full" only x; they compute the rest
-      again.
+      with weights, x between layers and what is named KEPT, "full" only x;
+      they compute the rest again.
 
   Returns:
     x after the last layer, and the outputs stacked over layers.
@@ -239,7 +241,10 @@ def scan(
   if remat != "none":
     policies = jax.checkpoint_policies
     kept = {
-      "dots": policies.dots_with_no_batch_dims_saveable,
+      "dots": policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,
+        policies.save_only_these_names(KEPT),
+      ),
       "full": policies.nothing_saveable,
     }
     body = jax.checkpoint(body, prevent_cse=False, policy=kept[remat])

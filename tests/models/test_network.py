@@ -226,6 +226,27 @@ def test_full_remat_wraps_the_layers_of_tower_and_decoder(
   assert str(jax.make_jaxpr(run)(params)).count("prevent_cse=") == times
 
 
+def test_remat_of_dots_does_not_attend_again(network, params, prompts):
+  """Attention's forward pass alone seeks maxima."""
+
+  def maxima(remat):
+    remade = dataclasses.replace(network, remat=remat)
+
+    def loss(params):
+      features = remade.encode(params, prompts.vision)
+      embeds = remade.embed(
+        params, prompts.prompt_ids, prompts.vision_index, features
+      )
+      ids = prompts.prompt_ids
+      x = remade.forward(params, embeds, prompts.position_ids, ids, ids)
+      return jnp.sum(x)
+
+    text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    return text.count("applies stablehlo.maximum")
+
+  assert 0 < maxima("none") == maxima("dots") < maxima("full")
+
+
 def test_decoding_equals_the_forward_pass(
   network, params, questions, completions, prompts
 ):

@@ -26,7 +26,7 @@ def test_a_row_has_the_tokens_of_the_update():
   lab = Lab(
     network=network,
     params=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), network.shapes()),
-    reference=None,
+    reference=lambda: None,
     arrays={},
     group=3,
     length=5,
