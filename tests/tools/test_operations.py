@@ -60,7 +60,11 @@ def large():
     }
   )
   return Network(
-    config=config, dtype="float32", param_dtype="float32", remat="none"
+    config=config,
+    dtype="float32",
+    param_dtype="float32",
+    remat="none",
+    attention="plain",
   )
 
 
