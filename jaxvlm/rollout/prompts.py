@@ -1,7 +1,7 @@
 """Host side of prefill: prompts in packed rows, of few sizes."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,12 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from jaxvlm import filling, sharding
-from jaxvlm.data.vision_layout import Layout, capacity, token_places
+from jaxvlm.data.vision_layout import (
+  Layout,
+  capacity,
+  pack_vision,
+  token_places,
+)
 from jaxvlm.types import Features, Prompts, Question
 
 # Columns of a row, at least: several short prompts share it.
@@ -124,7 +129,7 @@ def pack(
     position_ids=np.zeros((3, *shape), np.int32),
     tree_ids=np.full(shape, -1, np.int32),
     vision_index=np.full(shape, -1, np.int32),
-    vision=_lanes(questions, members.values(), shape),
+    vision=_lanes(questions, members, shape, layout),
     columns=np.full((len(questions), bucket.prompt), -1, np.int32),
     following=np.zeros((len(questions), 3), np.int32),
     question_id=np.array([q.question_id for q in questions], np.uint32),
@@ -141,35 +146,38 @@ def pack(
       prompts.following[q] = question.position_ids[:, -1] + 1
       column += len(own)
       shown = own[question.prompt_ids == layout.image_token_id]
-      if not len(shown):
-        continue
-      assert prompts.vision is not None and question.features is not None
       places = token_places(question.image_grid_thw, layout)
       prompts.vision_index[s, u, shown] = visual + places
-      lane = slice(visual, visual + len(shown))
-      prompts.vision.tokens[s, u, lane] = question.features[0]
-      if prompts.vision.levels is not None:
-        prompts.vision.levels[:, s, u, lane] = question.features[1:]
-      visual = lane.stop
+      visual += len(shown)
   columns = shards * reads * bucket.row
   return Packed(prompts, reads, (columns - int(lengths.sum()), columns))
 
 
 def _lanes(
   questions: Sequence[Question],
-  rows: Iterable[Sequence[int]],
+  members: Mapping[tuple[int, int], Sequence[int]],
   shape: tuple[int, int, int],
+  layout: Layout,
 ) -> Features | None:
-  """Room for the visual tokens of the row that has most; None: all text."""
-  like = questions[0].features
-  if like is None:
+  """What the tower saw, a lane [M D] for each of R U rows; None: all text."""
+  if questions[0].features is None:
     return None
-  features = [q.features for q in questions]
-  most = max(sum(features[q].shape[1] for q in row) for row in rows)  # type: ignore[union-attr]
-  most = int(sharding.agree_max(most))
+  lanes = [
+    [questions[q] for q in members.get(place, ())]
+    for place in np.ndindex(shape[:2])
+  ]
+  patches = max(sum(len(q.pixel_values) for q in lane) for lane in lanes)
+  most = int(sharding.agree_max(patches)) // layout.patches_per_token
   if not most:
     return None
   # Few sizes, for each is another program.
   room = next(m for m in (shape[2] // 16, shape[2] // 4, shape[2]) if m >= most)
-  lanes = np.zeros((len(like), *shape[:2], room, like.shape[2]), like.dtype)
-  return Features(tokens=lanes[0], levels=lanes[1:] if len(lanes) > 1 else None)
+  packed = pack_vision(
+    lanes,
+    layout=layout,
+    patches=room * layout.patches_per_token,
+    like=questions[0],
+  )
+  return jax.tree.map(
+    lambda x: x.reshape(*x.shape[:-3], *shape[:2], *x.shape[-2:]), packed
+  )
