@@ -30,7 +30,7 @@ _CALLS = 4  # for a batch in which each question has a lane of its own
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(network: Network, params: Params, vision: Vision) -> Features:
+def encode(network: Network, params: Params, vision: Vision) -> Features:
   return network.encode(params, vision)
 
 
@@ -51,7 +51,7 @@ class Encoder:
   ):
     self._network, self._mesh, self._layout = network, mesh, layout
     # Of known data a lane holds the largest; others have a bucket of their own.
-    backend = jax.default_backend()
+    backend = sharding.backend()
     known = -(-patches // _STEP[backend]) * _STEP[backend]
     self._known = max(known, _LANE[backend])
     self._shards = sharding.data_shards(mesh) // jax.process_count()
@@ -68,17 +68,13 @@ class Encoder:
     longest = int(sharding.agree_max(sizes.max()))
     if not longest or questions[0].features is not None:
       return list(questions)
-    lane = self._known
-    if longest > lane:
-      lane = patch_capacity(longest, self._layout)
-    # One shape for batches of so many questions, however many are of text.
-    together = capacity(-(-len(questions) // self._shards // _CALLS))
+    lane, most = self.shape(longest, len(questions))
     rows, together, _ = filling.fill(
       sizes,
       np.zeros_like(sizes),
       width=lane,
       shards=self._shards,
-      together=min(together, max(_TOGETHER[jax.default_backend()] // lane, 1)),
+      together=most,
       even=False,
     )
     whole = float(len(rows) * lane)
@@ -107,6 +103,21 @@ class Encoder:
       for question, own in zip(questions, features, strict=True)
     ]
 
+  def shape(self, longest: int, questions: int) -> tuple[int, int]:
+    """Patches of a lane, and lanes of a data shard that are read together.
+
+    Args:
+      longest: patches of the question with most.
+      questions: of this host.
+    """
+    lane = self._known
+    if longest > lane:
+      lane = patch_capacity(longest, self._layout)
+    # One shape for batches of so many questions, however many are of text.
+    together = capacity(-(-questions // self._shards // _CALLS))
+    most = _TOGETHER[sharding.backend()] // lane
+    return lane, min(together, max(most, 1))
+
   def _see(self, params: Params, vision: Vision) -> Features:
     placed = sharding.place(self._mesh, {"vision": vision})["vision"]
     lanes, patches = vision.rows.shape
@@ -114,7 +125,7 @@ class Encoder:
       sharding.use(self._mesh),
       compiling.program("encode", lanes=lanes, patches=patches),
     ):
-      return _encode(self._network, params, placed)
+      return encode(self._network, params, placed)
 
 
 def _lanes(features: Features) -> np.ndarray:

@@ -152,13 +152,8 @@ class Job:
 
   def abstract_params(self) -> Params:
     """Shapes, dtypes and shardings of the network's weights."""
-    return jax.tree.map(
-      lambda x, axes: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=sharding.sharding(self.mesh, axes, x.shape)
-      ),
-      self.network.shapes(),
-      self.network.axes(),
-    )
+    network = self.network
+    return sharding.abstract(self.mesh, network.shapes(), network.axes())
 
   def load_params(self, display: Display) -> Params:
     """The weights of the checkpoint.
@@ -208,7 +203,7 @@ def prepare(
     remat=config["model"]["remat"],
     attention=attention,
   )
-  display.print(f"Attention on {jax.default_backend()}: {attention}.")
+  display.print(f"Attention on {sharding.backend()}: {attention}.")
   models.check_tensors(network, directory)
   inputs = dict(config["inputs"])
   longest = inputs.pop("max_prompt_length")

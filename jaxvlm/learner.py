@@ -98,7 +98,7 @@ class Objective:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
+class Program:
   """All that is static in an update; equal programs compile once."""
 
   network: Network
@@ -193,20 +193,24 @@ class Learner:
       raise ValueError(
         f"freeze: got {frozen}; name some of {sorted(known)}, not all."
       )
-    self._program = _Program(network, mesh, frozen, optimizer, objective)
+    self.program = Program(network, mesh, frozen, optimizer, objective)
     self._banned = jnp.asarray(banned)
 
   def init(self, params: Params) -> TrainState:
     """A state with a fresh optimizer, whose moments lie as the parameters."""
-    trainable, _ = self._program.trainable(params)
+    trainable, _ = self.program.trainable(params)
+    opt_state = self.make_opt_state(params)(trainable)
+    return TrainState(params=params, opt_state=opt_state)
+
+  def make_opt_state(self, params: Params) -> Any:
+    """The jitted maker of what `init` puts beside such parameters."""
     places = jax.tree.map(lambda x: x.sharding, self.abstract(params).opt_state)
-    make = jax.jit(self._program.init, out_shardings=places)
-    return TrainState(params=params, opt_state=make(trainable))
+    return jax.jit(self.program.init, out_shardings=places)
 
   def abstract(self, params: Params) -> TrainState:
     """Shapes, dtypes and shardings of `init(params)`."""
-    trainable, _ = self._program.trainable(params)
-    everywhere = NamedSharding(self._program.mesh, PartitionSpec())
+    trainable, _ = self.program.trainable(params)
+    everywhere = NamedSharding(self.program.mesh, PartitionSpec())
 
     def place(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
       """A moment is a leaf under its parameter's path, of the same shape."""
@@ -219,7 +223,7 @@ class Learner:
     return TrainState(
       params=jax.tree.map(lambda x: _abstract(x, x.sharding), params),
       opt_state=jax.tree_util.tree_map_with_path(
-        place, jax.eval_shape(self._program.init, trainable)
+        place, jax.eval_shape(self.program.init, trainable)
       ),
     )
 
@@ -242,19 +246,19 @@ class Learner:
       counted for each group of questions. Where the gradient is not finite the
       state stays and update_skipped is 1.
     """
-    program, found = self._program, []
+    program, found = self.program, []
     with sharding.use(program.mesh):
-      total = _zeros(program, state.params)
+      total = zeros(program, state.params)
       for micro in microbatches:
         with _compiles("gradient", micro.tree):
-          total, metrics = _add_gradient(
+          total, metrics = add_gradient(
             program, total, state.params, self._banned, micro
           )
         found.append(metrics)
         _wait(found)
       summed = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *found)
       rate = jnp.float32(learning_rate)
-      state, norms = _apply(program, state, total, summed["loss"][1], rate)
+      state, norms = apply(program, state, total, summed["loss"][1], rate)
     return state, summed | norms
 
   def logprobs(
@@ -262,12 +266,12 @@ class Learner:
   ) -> list[Float[np.ndarray, "Q G C"]]:
     """Logprobs of all completion tokens by each policy; 0 where masked."""
     found: list[list[Any]] = [[] for _ in policies]
-    with sharding.use(self._program.mesh):
+    with sharding.use(self.program.mesh):
       for u in range(len(packed)):
         tree = packed.tree(u)
         for params, parts in zip(policies, found, strict=True):
           with _compiles("logprobs", tree):
-            parts.append(_logprobs(self._program, params, self._banned, tree))
+            parts.append(logprobs(self.program, params, self._banned, tree))
           _wait(parts)
     return [packed.collect(parts) for parts in found]
 
@@ -298,7 +302,7 @@ def _abstract(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 
 def _score(
-  program: _Program, params: Params, banned: Bool[Array, " V"], tree: Tree
+  program: Program, params: Params, banned: Bool[Array, " V"], tree: Tree
 ) -> tuple[Float[Array, "Q G C"], Float[Array, "Q G C"]]:
   """Logprob and entropy of every completion token, 0 where masked."""
   network, objective = program.network, program.objective
@@ -332,14 +336,14 @@ def _unpack(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logprobs(
-  program: _Program, params: Params, banned: Bool[Array, " V"], tree: Tree
+def logprobs(
+  program: Program, params: Params, banned: Bool[Array, " V"], tree: Tree
 ) -> Float[Array, "Q G C"]:
   return _score(program, params, banned, tree)[0]
 
 
 def _loss(
-  program: _Program,
+  program: Program,
   trainable: Flat,
   frozen: Flat,
   banned: Bool[Array, " V"],
@@ -404,7 +408,7 @@ def _policy_loss(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _zeros(program: _Program, params: Params) -> Flat:
+def zeros(program: Program, params: Params) -> Flat:
   """A gradient to add to."""
   trainable, _ = program.trainable(params)
   return program.laid(
@@ -413,8 +417,8 @@ def _zeros(program: _Program, params: Params) -> Flat:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _add_gradient(
-  program: _Program,
+def add_gradient(
+  program: Program,
   total: Flat,
   params: Params,
   banned: Bool[Array, " V"],
@@ -431,8 +435,8 @@ def _add_gradient(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _apply(
-  program: _Program,
+def apply(
+  program: Program,
   state: TrainState,
   total: Flat,
   count: Float[Array, ""],

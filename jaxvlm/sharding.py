@@ -35,14 +35,21 @@ _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar(
 )
 
 
-def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
+def make_mesh(
+  *,
+  data: int,
+  fsdp: int,
+  tensor: int,
+  devices: Sequence[jax.Device] | None = None,  # None: all there are
+) -> Mesh:
   """A mesh over all devices; one size may be -1 and takes what is left.
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices.
   """
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-  count = jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
   free = [name for name, size in sizes.items() if size == -1]
   fixed = int(np.prod([size for size in sizes.values() if size != -1]))
   if len(free) > 1 or any(s < 1 and s != -1 for s in sizes.values()):
@@ -56,8 +63,7 @@ def make_mesh(*, data: int, fsdp: int, tensor: int) -> Mesh:
       f"mesh: {sizes} does not make {count} devices; set one size to -1 or "
       f"choose sizes whose product is {count}."
     )
-  devices = np.asarray(jax.devices()).reshape(tuple(sizes.values()))
-  return Mesh(devices, AXES)
+  return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
 
 
 def data_shards(mesh: Mesh) -> int:
@@ -78,6 +84,15 @@ def use(mesh: Mesh) -> Iterator[None]:
 def mesh_in_use() -> Mesh | None:
   """The one that `use` names here."""
   return _mesh.get()
+
+
+def backend() -> str:
+  """cpu, gpu or tpu: what the mesh in use consists of, else the process's own.
+
+  They differ where programs are compiled for a machine that is not there.
+  """
+  mesh = _mesh.get()
+  return mesh.devices.flat[0].platform if mesh else jax.default_backend()
 
 
 def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
@@ -115,6 +130,17 @@ def sharding(
     if size % int(np.prod([mesh.shape[p] for p in parts])):
       names[i] = None
   return NamedSharding(mesh, PartitionSpec(*names))
+
+
+def abstract(mesh: Mesh, shapes: Any, axes: Any) -> Any:
+  """Shapes, dtypes and shardings of arrays with these logical axes."""
+  return jax.tree.map(
+    lambda x, names: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=sharding(mesh, names, x.shape)
+    ),
+    shapes,
+    axes,
+  )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -173,13 +199,17 @@ def place(mesh: Mesh, batch: Any) -> Any:
   """
 
   def one(path: tuple[Any, ...], x: Any) -> jax.Array:
-    names = {key.name for key in path if hasattr(key, "name")}
-    rows = "lane" if "vision" in names else "question"
-    axes = (None, rows) if names & {"position_ids", "levels"} else (rows,)
-    placed = NamedSharding(mesh, spec(axes))
+    placed = NamedSharding(mesh, spec(batch_axes(path)))
     return jax.make_array_from_process_local_data(placed, np.asarray(x))
 
   return jax.tree_util.tree_map_with_path(one, batch)
+
+
+def batch_axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:
+  """The first logical axes, to the one that is split, of a record's array."""
+  names = {key.name for key in path if hasattr(key, "name")}
+  rows = "lane" if "vision" in names else "question"
+  return (None, rows) if names & {"position_ids", "levels"} else (rows,)
 
 
 def agree_max(values: Any) -> np.ndarray:

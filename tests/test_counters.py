@@ -81,9 +81,9 @@ def test_more_completions_of_a_prompt_do_not_read_it_again(
     )
     (micro,) = experiences(packed, mask)
     state = learner.init(place_params(params, mesh))
-    program = learner._program
-    found = learner_module._add_gradient.lower(
-      *(program, learner_module._zeros(program, state.params)),
+    program = learner.program
+    found = learner_module.add_gradient.lower(
+      *(program, learner_module.zeros(program, state.params)),
       *(state.params, learner._banned, micro),
     ).compile()
     costs = found.cost_analysis()

@@ -91,9 +91,9 @@ def test_the_update_does_without_the_tower(
   def flops(questions):
     packed = make_packed(questions)
     micro = next(experiences(packed, rollout.completion_mask))
-    program = learner._program
-    total = learner_module._zeros(program, placed)
-    found = learner_module._add_gradient.lower(
+    program = learner.program
+    total = learner_module.zeros(program, placed)
+    found = learner_module.add_gradient.lower(
       program, total, placed, learner._banned, micro
     ).compile()
     return found.cost_analysis()["flops"]

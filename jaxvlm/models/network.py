@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxvlm import sharding
 from jaxvlm.nn import block_attention, fused_attention, kv_cache
 from jaxvlm.nn.block_attention import Attend, of_trees
 from jaxvlm.nn.decoder import Embeds, visual_columns
@@ -60,7 +61,7 @@ def choose_attention(name: str) -> str:
   Raises:
     ValueError: another name, or fused on a backend without kernels.
   """
-  backend = jax.default_backend()
+  backend = sharding.backend()
   if name not in ("auto", *ATTENTION):
     raise ValueError(
       f"model.attention: got {name!r}; expected one of auto, "
@@ -119,7 +120,7 @@ class Network:
       return nnx.to_pure_dict(nnx.state(self._make(key, stacked=True)))
 
     # Optimizing a program that runs once costs a CPU more than running it.
-    cpu = jax.default_backend() == "cpu"
+    cpu = sharding.backend() == "cpu"
     options = {"xla_backend_optimization_level": 0} if cpu else None
     return jax.jit(make, compiler_options=options)(jax.random.key(seed))
 

@@ -16,6 +16,7 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxvlm import sharding
 from jaxvlm.nn.layers import KEPT
 from jaxvlm.nn.softmax_blocks import NEVER
 from jaxvlm.types import record
@@ -105,8 +106,8 @@ def of_segments(
 
 
 def _visibility(tokens: Tokens, block: Mapping[str, int] = BLOCK) -> Visibility:
-  length, most = tokens.segments.shape[1], block[jax.default_backend()]
-  if jax.default_backend() == "cpu":  # equal blocks: the last one is full too
+  length, most = tokens.segments.shape[1], block[sharding.backend()]
+  if sharding.backend() == "cpu":  # equal blocks: the last one is full too
     size = -(-length // -(-length // most) // 8) * 8
   else:  # powers of two from 16 on are what a GPU's kernels take
     size = min(most, max(16, 1 << (length - 1).bit_length()))

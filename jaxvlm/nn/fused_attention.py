@@ -54,7 +54,7 @@ def attend(
     jnp.pad(x, (*padding, (0, 0), (0, 0))) for x in (query, keys, values)
   ]
   run = _Kernels(
-    backend or jax.default_backend(), interpret, sharding.mesh_in_use()
+    backend or sharding.backend(), interpret, sharding.mesh_in_use()
   )
   return _attend(*padded, visibility, run)[:, :length]
 

@@ -64,7 +64,7 @@ def find(buckets: Sequence[Bucket], longest: int) -> Bucket:
 
 
 def _least(prompt: int) -> int:
-  return capacity(max(prompt, _ROW[jax.default_backend()]))
+  return capacity(max(prompt, _ROW[sharding.backend()]))
 
 
 def _row(lengths: Int[np.ndarray, " N"], prompt: int) -> int:

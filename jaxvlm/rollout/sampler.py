@@ -101,7 +101,7 @@ class Sampler:
     """
     network, mesh = self.network, self.mesh
     if mesh.shape["fsdp"] > 1 or network.param_dtype != network.dtype:
-      params = _gather(network, mesh, params)
+      params = gather(network, mesh, params)
     with sharding.use(mesh):
       return Weights(prefill=params, decode=programs.unstack(network, params))
 
@@ -151,7 +151,7 @@ class Sampler:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _gather(network: Network, mesh: Mesh, params: Params) -> Params:
+def gather(network: Network, mesh: Mesh, params: Params) -> Params:
   def place(x: Array, axes: tuple[str | None, ...]) -> Array:
     local = tuple(
       None if sharding.RULES.get(a or "") == "fsdp" else a for a in axes
@@ -190,9 +190,9 @@ class _Decoding:
     )
     self._shards = shards // jax.process_count()  # of this host
     each, group = len(questions) // self._shards, draws.num_completions
-    at_once = sampler.slots // (shards * group) if sampler.slots else each
-    at_once = min(max(at_once, 1), each)
-    self._fresh = max(at_once // _SHRINK, 1)  # blocks admitted at a time
+    at_once, self._fresh = in_flight(
+      sampler.slots, shards=shards, each=each, group=group
+    )
     self._each = each
     self._shape = (at_once, group)  # blocks of a data shard, slots
     self._ladder = list(ladder(each, self._shape))
@@ -385,6 +385,22 @@ class _Decoding:
       whole[at] = np.where(said, turned, whole[at])
 
 
+def in_flight(
+  slots: int, *, shards: int, each: int, group: int
+) -> tuple[int, int]:
+  """Blocks of a data shard that decode at once, and that are admitted at a time.
+
+  Args:
+    slots: completions that decode at once; 0: all.
+    shards: data shards.
+    each: questions of a shard.
+    group: completions of a question.
+  """
+  at_once = slots // (shards * group) if slots else each
+  at_once = min(max(at_once, 1), each)
+  return at_once, max(at_once // _SHRINK, 1)
+
+
 def ladder(
   questions: int,
   shape: tuple[int, int],
@@ -401,7 +417,7 @@ def ladder(
     fewest: rows below which it is not worth another shape; None: the backend's.
   """
   if fewest is None:
-    fewest = _FEWEST[jax.default_backend()]
+    fewest = _FEWEST[sharding.backend()]
   rows = shape[0] * shape[1]
   while rows > fewest:
     rows = -(-rows // shrink)

@@ -196,21 +196,21 @@ def test_xla_counts_as_many_for_logprobs_and_gradient(
     # XLA counts the body of the loop over targets once: all of them.
     objective=dataclasses.replace(OBJECTIVE, logprob_chunk=32),
   )
-  program, shapes = learner._program, large.shapes()
+  program, shapes = learner.program, large.shapes()
   (micro,) = experiences(packed, mask)
   batch = make_batch([32], [[16, 16]], question.image_grid_thw)
   unseen = 4 * 128 * (64 * 64 - operations.decoder_pairs(batch))
 
   own = operations.of_groups(large, batch, at_once=64, trained=False)
-  found = flops(learner_module._logprobs, program, shapes, banned, micro.tree)
+  found = flops(learner_module.logprobs, program, shapes, banned, micro.tree)
   assert found == pytest.approx(own.flops + 4 * unseen, rel=0.02)
 
   own = operations.of_groups(large, batch, at_once=64, trained=True)
   zeros = jax.eval_shape(
-    functools.partial(learner_module._zeros, program), shapes
+    functools.partial(learner_module.zeros, program), shapes
   )
   found = flops(
-    learner_module._add_gradient, program, zeros, shapes, banned, micro
+    learner_module.add_gradient, program, zeros, shapes, banned, micro
   )
   logits = 2 * 512 * 2048 * 32
   assert found == pytest.approx(own.flops + 14 * unseen + logits, rel=0.03)

@@ -1,0 +1,97 @@
+"""The chips that a plan is for: what they hold, and how fast they are."""
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+  """One device of the mesh."""
+
+  name: str
+  hbm: int  # bytes that a program can have
+  flops: float  # a second, of bfloat16 products
+  bandwidth: float  # bytes a second, of HBM
+  # Bytes a second that a chip receives along one axis of the torus, both ways
+  # round; between GPUs, of NVLink.
+  links: float
+
+
+# Of the makers' data sheets; HBM is what the runtime leaves a program.
+KINDS = {
+  "TPU v5 lite": Chip(
+    name="v5e",
+    hbm=int(15.75 * GIB),
+    flops=197e12,
+    bandwidth=819e9,
+    links=90e9,
+  ),
+  "TPU v6 lite": Chip(
+    name="v6e",
+    hbm=int(31.25 * GIB),
+    flops=918e12,
+    bandwidth=1638e9,
+    links=180e9,
+  ),
+  "TPU v5": Chip(
+    name="v5p",
+    hbm=int(95.74 * GIB),
+    flops=459e12,
+    bandwidth=2765e9,
+    links=180e9,
+  ),
+  "NVIDIA A100": Chip(
+    name="A100", hbm=74 * GIB, flops=312e12, bandwidth=2039e9, links=300e9
+  ),
+  "NVIDIA H100": Chip(
+    name="H100", hbm=74 * GIB, flops=989e12, bandwidth=3350e9, links=450e9
+  ),
+  "NVIDIA H200": Chip(
+    name="H200", hbm=132 * GIB, flops=989e12, bandwidth=4800e9, links=450e9
+  ),
+  # No accelerator: for tests of the tool itself.
+  "cpu": Chip(name="cpu", hbm=8 * GIB, flops=1e11, bandwidth=2e10, links=1e10),
+}
+
+
+def find(device: Any) -> Chip:
+  """The chip of a device.
+
+  Raises:
+    ValueError: none of KINDS.
+  """
+  if device.device_kind in KINDS:
+    return KINDS[device.device_kind]
+  for kind, chip in KINDS.items():
+    if kind.startswith("NVIDIA") and device.device_kind.startswith(kind):
+      return chip
+  raise ValueError(
+    f"plan: no figures of {device.device_kind!r}; there are {', '.join(KINDS)}."
+  )
+
+
+def devices(topology: str) -> list[Any]:
+  """Those of a topology, "v5e:4x4", which need not be there; or "local".
+
+  Raises:
+    ValueError: libtpu is missing, or knows no such topology.
+  """
+  if topology == "local":
+    return list(jax.devices())
+  # libtpu looks for a machine's metadata otherwise, and waits for it.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  except Exception as error:  # jaxlib's own, of several kinds
+    raise ValueError(
+      f"topology: got {topology!r}: {str(error).splitlines()[0]} Expected "
+      "'local', or one as v5e:4x4, v6e:8x8, v5p:4x4x4 (chips) with libtpu "
+      "installed: pip install -e '.[tpu]'."
+    ) from error
+  return list(found.devices)

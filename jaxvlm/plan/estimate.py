@@ -1,0 +1,207 @@
+"""How long a step takes: each program's bound, and how often it runs.
+
+A program takes as long as what it needs most of: products at the chip's rate,
+HBM traffic at its bandwidth, or what it receives from other chips. That is a
+bound from below, of which a share is reached (`efficiency`). The host, rewards
+and what a program launch costs are left out.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxvlm.plan import batch
+from jaxvlm.plan.chips import Chip
+from jaxvlm.plan.programs import Compiled, Run, microbatches
+from jaxvlm.rollout import sampler
+
+FORWARD, BACKWARD = 4, 10  # operations for a pair and number of a head
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timed:
+  """A program within a step."""
+
+  name: str
+  calls: float  # a step
+  compute: float  # seconds a call, at the chip's rates
+  hbm: float
+  ici: float
+
+  @property
+  def bound(self) -> str:
+    return max(("compute", "hbm", "ici"), key=lambda name: getattr(self, name))
+
+  @property
+  def seconds(self) -> float:
+    """Of all calls."""
+    return self.calls * max(self.compute, self.hbm, self.ici)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+  """A step."""
+
+  programs: tuple[Timed, ...]
+  efficiency: float
+  generated: int  # tokens a step, over all chips
+  chips: int
+
+  @property
+  def seconds(self) -> float:
+    return sum(one.seconds for one in self.programs) / self.efficiency
+
+  @property
+  def tokens_per_second(self) -> float:
+    """Generated, a chip."""
+    return self.generated / self.seconds / self.chips
+
+  @property
+  def largest(self) -> Timed:
+    return max(self.programs, key=lambda one: one.seconds)
+
+
+def estimate(
+  run: Run, compiled: Sequence[Compiled], chip: Chip, efficiency: float
+) -> Estimate:
+  """The time of a step of the stage at the run's mean lengths."""
+  counts, attention = calls(run), attention_flops(run)
+  programs = []
+  for one in compiled:
+    if count := counts.get(one.name, 0.0):
+      programs.append(
+        Timed(
+          name=one.name,
+          calls=count,
+          compute=(one.cost.flops + attention.get(one.name, 0.0)) / chip.flops,
+          hbm=one.cost.bytes / chip.bandwidth,
+          ici=sum(x.turns * x.bytes for x in one.cost.collectives) / chip.links,
+        )
+      )
+  stage = run.stage
+  return Estimate(
+    programs=tuple(programs),
+    efficiency=efficiency,
+    generated=stage.rollout_questions
+    * stage.num_completions
+    * run.lengths.completion,
+    chips=run.mesh.size,
+  )
+
+
+def calls(run: Run) -> Mapping[str, float]:
+  """How often each program runs in a step; decoding is counted in tokens."""
+  stage, lengths = run.stage, run.lengths
+  micro = microbatches(run)[0].groups.shape[0] * stage.updates_per_rollout
+  policies = stage.asks_old_logprobs + bool(stage.kl_coef)
+  found = {
+    "zeros": stage.updates_per_rollout,
+    "gradient": micro,
+    "optimizer step": stage.updates_per_rollout,
+  }
+  if stage.kind == "sft":
+    return found
+  each = stage.rollout_questions // run.shards
+  group = stage.num_completions
+  at_once, fresh = sampler.in_flight(
+    run.slots, shards=run.shards, each=each, group=group
+  )
+  steps = decode_steps(
+    batch.completion_lengths(each * group, lengths).reshape(group, each).T,
+    at_once,
+    fresh,
+    list(sampler.ladder(each, (at_once, group))),
+  )
+  rows = at_once * group
+  # A smaller shape reads the weights as before and less of the caches.
+  tokens = sum(
+    count * (WEIGHTS + (1 - WEIGHTS) * blocks * slots / rows)
+    for blocks, slots, count in steps
+  )
+  more = -(-(each - at_once) // fresh)
+  patches = each * lengths.visual * run.layout.patches_per_token
+  lane = max(lengths.most_visual * run.layout.patches_per_token, 1)
+  return found | {
+    "gather weights": 1,
+    "cut weights": 1,
+    "tower": max(-(-patches // (4 * lane)), 1),
+    "prefill": 1,
+    "decode": tokens,
+    "admit: prefill": more,
+    "admit": more,
+    "logprobs": policies * micro,
+  }
+
+
+WEIGHTS = 0.3  # share of a decode step's traffic that does not shrink with rows
+
+
+def decode_steps(
+  lengths: Int[np.ndarray, "Q G"],
+  at_once: int,
+  fresh: int,
+  ladder: list[tuple[int, int]],
+) -> list[tuple[int, int, int]]:
+  """(blocks, slots, tokens) of each shape in which a data shard decodes.
+
+  As the sampler does: while questions wait, so many blocks as end at a time
+  are admitted; then the rows that are left go on in smaller shapes.
+
+  Args:
+    lengths: of the completions of a data shard.
+    at_once: blocks.
+    fresh: blocks that are admitted together.
+    ladder: of `sampler.ladder`.
+  """
+  left = lengths[:at_once].copy()
+  waiting, group, steps = at_once, lengths.shape[1], 0
+  while waiting < len(lengths):
+    ends = np.sort(left.max(1))[fresh - 1]
+    left, steps = left - ends, steps + ends
+    free = np.argsort(left.max(1), kind="stable")[:fresh]
+    more = lengths[waiting : waiting + fresh]
+    left[free[: len(more)]] = more
+    left[free[len(more) :]] = 0
+    waiting += fresh
+  shape, found = (at_once, group), []
+  for enough, width in [*ladder, (0, 1)]:
+    for ends in np.unique(np.maximum(left, 0)):
+      if (-(-(left > ends).sum(1) // width)).sum() <= enough:
+        break
+    found.append((*shape, int(ends + steps)))
+    left, shape, steps = left - ends, (enough, width), 0
+  return found
+
+
+def attention_flops(run: Run) -> Mapping[str, float]:
+  """Operations on a chip within fused kernels, which the HLO does not show."""
+  if run.network.attention == "plain":
+    return {}
+  text, tower = run.network.config.text_config, run.network.config.vision_config
+  plan, asked, mask = microbatches(run)
+  own = np.array([len(q.prompt_ids) for q in asked])
+  length = mask.sum(-1)
+  pairs = float(
+    (own * (own + 1) / 2).sum()
+    + (length * own[:, None] + length * (length + 1) / 2).sum()
+  )
+  pairs /= plan.groups.shape[0]
+  each = run.stage.rollout_questions / run.shards
+  split = run.mesh.shape["tensor"]
+  if text.num_key_value_heads % split:
+    split = 1  # all heads on each chip
+  width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
+  decoder = pairs * width / run.shards / split
+  read = each * float(np.mean(own * (own + 1) / 2)) * width / split
+  patches = run.lengths.visual * run.layout.patches_per_token
+  full = len(getattr(tower, "fullatt_block_indexes", range(tower.depth)))
+  pictures = len(asked) / plan.groups.shape[0] / run.shards
+  seen = patches**2 * full * tower.hidden_size * pictures
+  again = run.network.remat == "full"
+  return {
+    "prefill": FORWARD * read,
+    "logprobs": FORWARD * (decoder + seen),
+    "gradient": (FORWARD * (1 + again) + BACKWARD) * (decoder + seen),
+  }

@@ -1,0 +1,251 @@
+"""A plan: the programs of a config on a mesh, whether they fit, and a search."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxvlm import models, sharding
+from jaxvlm.models import Network
+from jaxvlm.plan import estimate, programs, structure
+from jaxvlm.plan.batch import Lengths
+from jaxvlm.plan.chips import GIB, Chip
+from jaxvlm.plan.estimate import Estimate
+from jaxvlm.plan.programs import Compiled, Compiler, Run, TooLarge
+from jaxvlm.rollout import sampler
+from jaxvlm.stages import Stage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """What compiling a run's programs told."""
+
+  run: Run
+  chip: Chip
+  compiled: tuple[Compiled, ...]
+  too_large: TooLarge | None  # what the compiler gave up at
+  faults: tuple[str, ...]
+  estimate: Estimate | None  # None: not all was compiled
+
+  @property
+  def largest(self) -> tuple[str, int]:
+    """The program during which a chip holds most, and how much."""
+    found = [(one.memory.live, one.name) for one in self.compiled]
+    if self.too_large is not None:
+      found.append((self.too_large.needed, self.too_large.name))
+    most, name = max(found)
+    return name, most
+
+  @property
+  def fits(self) -> bool:
+    return self.too_large is None and self.largest[1] <= self.chip.hbm
+
+  @property
+  def verdict(self) -> str:
+    name, most = self.largest
+    told = f"{most / GIB:.1f} of {self.chip.hbm / GIB:.1f} GiB at {name!r}"
+    if self.fits:
+      return f"fits: {told}"
+    over = (most - self.chip.hbm) / GIB
+    return f"does not fit: {told}, {over:.1f} too much; {remedy(name)}"
+
+
+def remedy(name: str) -> str:
+  """The knob that helps where this program takes most."""
+  if name.startswith("evaluation"):
+    return "fewer evaluation.batch_questions, or a larger mesh.tensor"
+  if name in ("gradient", "logprobs"):
+    return (
+      "fewer stages.*.microbatch_tokens (a group is the least), "
+      "model.remat=full, or a larger mesh.tensor"
+    )
+  if name in ("optimizer step", "optimizer state", "zeros"):
+    return "more chips on mesh.fsdp or mesh.tensor"
+  return "fewer sampler.slots, or a larger mesh.tensor"
+
+
+def network_config(config: Mapping[str, Any], size: str) -> Any:
+  """The architecture: of a published size, or as the config says.
+
+  Raises:
+    ValueError: neither names one.
+  """
+  if size:
+    return models.find_size(size)
+  model = config["model"]
+  if model["checkpoint"]:
+    path = pathlib.Path(model["checkpoint"]).expanduser() / "config.json"
+    raw = json.loads(path.read_text())
+    return models.find_family(raw.get("model_type")).Config.from_hf(raw)
+  raise ValueError(
+    "model: got no --model; expected a published size, as qwen2_5_vl_7b, or "
+    "--config.model.checkpoint."
+  )
+
+
+def make_run(
+  config: Mapping[str, Any],
+  *,
+  mesh: Mesh,
+  architecture: Any,
+  stage: str,
+  lengths: Lengths,
+) -> Run:
+  """What of a run's config its programs depend on; within `sharding.use`.
+
+  Raises:
+    ValueError: the config is wrong, or the mesh does not divide its sizes.
+  """
+  name = stage or config["schedule"][0]
+  if name not in config["stages"]:
+    raise ValueError(
+      f"stage: no {name!r}; there are {', '.join(config['stages'])}."
+    )
+  found = Stage(name=name, **config["stages"][name])
+  found.check_shards(sharding.data_shards(mesh), 1)
+  model = config["model"]
+  fields = config["evaluation"]
+  return Run(
+    network=Network(
+      config=architecture,
+      dtype=model["dtype"],
+      param_dtype=model["param_dtype"],
+      remat=model["remat"],
+      attention=models.choose_attention(model["attention"]),
+    ),
+    mesh=mesh,
+    stage=found,
+    lengths=lengths,
+    slots=config["sampler"]["slots"],
+    evaluation=sampler.Draws(
+      **{
+        field.name: fields[field.name]
+        for field in dataclasses.fields(sampler.Draws)
+      }
+    )
+    if fields["capabilities"]
+    else None,
+    evaluation_questions=fields["batch_questions"],
+  )
+
+
+def make(
+  run: Run,
+  chip: Chip,
+  *,
+  efficiency: float,
+  done: Callable[[Compiled], None] = lambda one: None,
+) -> Plan:
+  """Compiles all; `done` is told of each program."""
+  jax.clear_caches()  # traces remember the mesh they were made for
+  compiled: list[Compiled] = []
+
+  def keep(one: Compiled) -> None:
+    compiled.append(one)
+    done(one)
+
+  failed = None
+  with sharding.use(run.mesh):
+    try:
+      programs.compile_run(run, Compiler(mesh=run.mesh, done=keep))
+    except TooLarge as error:
+      failed = error
+    told = None
+    if failed is None:
+      told = estimate.estimate(run, compiled, chip, efficiency)
+  return Plan(
+    run=run,
+    chip=chip,
+    compiled=tuple(compiled),
+    too_large=failed,
+    faults=tuple(structure.faults(run, compiled)),
+    estimate=told,
+  )
+
+
+# -- the search ----------------------------------------------------------------
+
+
+def least(run: Run) -> int:
+  """Bytes that a chip holds while it decodes, before anything is compiled."""
+  network, mesh, stage = run.network, run.mesh, run.stage
+  axes = network.axes()
+  params = sharding.abstract(mesh, network.shapes(), axes)
+  local = jax.tree.map(
+    lambda names: tuple(None if "embed" in str(n) else n for n in names),
+    axes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  weights = sharding.abstract(mesh, network.shapes(), local)
+  width = jnp.dtype(network.param_dtype).itemsize
+  per_number = programs.size(params) / width
+  state = per_number * (8 + 2 * stage.optimizer["compensated"] + 2 * width)
+  text = network.config.text_config
+  group, shards = stage.num_completions, run.shards
+  at_once, _ = sampler.in_flight(
+    run.slots,
+    shards=shards,
+    each=stage.rollout_questions // shards,
+    group=group,
+  )
+  heads = text.num_key_value_heads
+  heads //= 1 if heads % mesh.shape["tensor"] else mesh.shape["tensor"]
+  columns = run.lengths.longest_prompt + group * stage.max_completion_length
+  cache = 4 * text.num_hidden_layers * heads * text.head_dim * columns
+  return int(state + programs.size(weights) + at_once * cache)
+
+
+def candidates(
+  config: Mapping[str, Any], devices: int, group: int
+) -> Iterator[dict[str, Any]]:
+  """Overrides to try, those that cost least time first."""
+  questions = config["stages"][config["schedule"][0]]["rollout_questions"]
+  for tensor in (1, 2, 4, 8):
+    if devices % tensor or questions % (devices // tensor):
+      continue
+    shards = devices // tensor
+    each = questions // shards
+    for part in (1, 2, 4, 8, 16, 32):
+      if part <= each:
+        yield {
+          "mesh.tensor": tensor,
+          "mesh.fsdp": shards,
+          "mesh.data": 1,
+          "sampler.slots": 0 if part == 1 else each // part * group * shards,
+        }
+
+
+def search(
+  tries: Iterator[tuple[dict[str, Any], Run]],
+  chip: Chip,
+  *,
+  efficiency: float,
+  budget: float,
+  told: Callable[[dict[str, Any], Plan], None],
+) -> tuple[dict[str, Any], Plan] | None:
+  """The first of these runs that fits; None: none did within the budget.
+
+  Args:
+    tries: overrides, and the run with them.
+    chip: of the mesh.
+    efficiency: as in `estimate`.
+    budget: seconds after which no other is begun.
+    told: of each that was compiled.
+  """
+  started = time.monotonic()
+  for overrides, run in tries:
+    if time.monotonic() - started > budget:
+      return None
+    if least(run) > chip.hbm:
+      continue
+    plan = make(run, chip, efficiency=efficiency)
+    told(overrides, plan)
+    if plan.fits:
+      return overrides, plan
+  return None

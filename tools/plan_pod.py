@@ -1,0 +1,224 @@
+"""Whether a run fits a pod, and how fast it is: compiled here, for chips elsewhere.
+
+  python tools/plan_pod.py --config=configs/staged.py:qwen2_5_vl_7b --topology=v5e:4x4
+
+Every program of a step is lowered from shapes and compiled by the TPU's own
+compiler (pip install -e '.[tpu]'; no TPU is needed). Tables say what a chip
+holds and does; the last line is the verdict. --config.FIELD=VALUE as for a run.
+"""
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from jaxvlm import sharding
+from jaxvlm.plan import chips, hlo, planning
+from jaxvlm.plan.batch import Lengths
+from jaxvlm.plan.chips import GIB
+from jaxvlm.plan.planning import Plan
+from jaxvlm.plan.programs import Compiled, Run
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+TOPOLOGY = flags.DEFINE_string(
+  "topology", "local", "v5e:4x4, v6e:8x8, v5p:4x4x4 (chips), ...; or local."
+)
+MODEL = flags.DEFINE_string(
+  "model", "", "A published size, as qwen3_vl_8b; empty: the config's own."
+)
+STAGE = flags.DEFINE_string("stage", "", "Of the schedule; empty: the first.")
+PROMPT = flags.DEFINE_integer("prompt", 512, "Mean tokens of a prompt.")
+VISUAL = flags.DEFINE_integer("visual", 256, "Mean visual tokens among them.")
+COMPLETION = flags.DEFINE_integer("completion", 512, "Mean of a completion.")
+EFFICIENCY = flags.DEFINE_float(
+  "efficiency", 0.5, "Share of the chip's rates that is taken to be reached."
+)
+JSON = flags.DEFINE_bool("json", False, "A JSON line for each program, too.")
+SEARCH = flags.DEFINE_float(
+  "search", 0.0, "Seconds to look for a mesh and slots that fit; 0: none."
+)
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  screen = Console(stderr=True)
+  try:
+    devices = chips.devices(TOPOLOGY.value)
+    chip = chips.find(devices[0])
+    config = CONFIG.value.to_dict()
+    if SEARCH.value:
+      found = planning.search(
+        _tries(config, devices),
+        chip,
+        efficiency=EFFICIENCY.value,
+        budget=SEARCH.value,
+        told=lambda overrides, plan: screen.print(overrides, plan.verdict),
+      )
+      if found is None:
+        sys.exit("plan_pod: nothing that fits was found within the budget.")
+      overrides, plan = found
+      flat = (f"--config.{name}={x}" for name, x in overrides.items())
+      print(" ".join(flat))
+    else:
+      run = _run(config, devices)
+      plan = planning.make(
+        run,
+        chip,
+        efficiency=EFFICIENCY.value,
+        done=lambda one: screen.print(
+          f"compiled {one.name}, {one.seconds:.0f} s"
+        ),
+      )
+  except ValueError as error:
+    sys.exit(f"plan_pod: {error}")
+  if JSON.value:
+    for one in plan.compiled:
+      print(json.dumps(_record(plan, one)))
+  _show(plan, Console())
+  if plan.faults or not plan.fits:
+    sys.exit(1)
+
+
+def _run(config: dict[str, Any], devices: list[Any]) -> Run:
+  mesh = sharding.make_mesh(**config["mesh"], devices=devices)
+  argument = next(a for a in sys.argv if "config=" in a).partition(":")[2]
+  size = MODEL.value
+  if not size and not config["model"]["checkpoint"]:
+    size = argument.partition(",")[0]
+  architecture = planning.network_config(config, size)
+  name = STAGE.value or config["schedule"][0]
+  longest = config["inputs"]["max_prompt_length"]
+  tower = architecture.vision_config
+  side = tower.patch_size * tower.spatial_merge_size
+  most = (config["inputs"]["max_pixels"] or 0) // side**2
+  lengths = Lengths(
+    prompt=PROMPT.value,
+    longest_prompt=longest,
+    visual=VISUAL.value,
+    most_visual=min(most, longest - 64) if VISUAL.value else 0,
+    completion=COMPLETION.value,
+    longest_completion=config["stages"][name]["max_completion_length"],
+  )
+  with sharding.use(mesh):
+    return planning.make_run(
+      config,
+      mesh=mesh,
+      architecture=architecture,
+      stage=name,
+      lengths=lengths,
+    )
+
+
+def _tries(
+  config: dict[str, Any], devices: list[Any]
+) -> Iterator[tuple[dict[str, Any], Run]]:
+  name = STAGE.value or config["schedule"][0]
+  group = config["stages"][name]["num_completions"]
+  for overrides in planning.candidates(config, len(devices), group):
+    changed = copy.deepcopy(config)
+    for path, value in overrides.items():
+      owner, field = path.split(".")
+      changed[owner][field] = value
+    yield overrides, _run(changed, devices)
+
+
+# -- what is shown -------------------------------------------------------------
+
+
+def _record(plan: Plan, one: Compiled) -> dict[str, Any]:
+  """A program's line of JSON."""
+  memory = one.memory
+  return {
+    "topology": TOPOLOGY.value,
+    "mesh": dict(plan.run.mesh.shape),
+    "program": one.name,
+    "arguments": memory.arguments,
+    "outputs": memory.outputs,
+    "aliased": memory.aliased,
+    "temporaries": memory.temporaries,
+    "code": memory.code,
+    "peak": memory.peak,
+    "beside": dict(memory.beside),
+    "live": memory.live,
+    "hbm": plan.chip.hbm,
+    "flops": one.cost.flops,
+    "bytes": one.cost.bytes,
+    "compiler": {
+      "flops": one.flops,
+      "bytes": one.bytes,
+      "optimal_seconds": one.optimal_seconds,
+    },
+    "collectives": hlo.by_kind(one.cost.collectives, dict(plan.run.mesh.shape)),
+    "compile_seconds": round(one.seconds, 1),
+  }
+
+
+def _show(plan: Plan, screen: Console) -> None:
+  shape = " x ".join(f"{n} {size}" for n, size in plan.run.mesh.shape.items())
+  memory = Table(title=f"GiB on a {plan.chip.name}; mesh {shape}")
+  for name in ("program", "arguments", "outputs", "temporaries", "peak"):
+    memory.add_column(name, justify="left" if name == "program" else "right")
+  memory.add_column("beside", justify="right")
+  memory.add_column("at once", justify="right")
+  for one in plan.compiled:
+    own = one.memory
+    figures = (
+      own.arguments,
+      own.outputs - own.aliased,
+      own.temporaries,
+      own.peak,
+      sum(own.beside.values()),
+      own.live,
+    )
+    memory.add_row(one.name, *(f"{x / GIB:.2f}" for x in figures))
+  screen.print(memory)
+  _show_work(plan, screen)
+  for fault in plan.faults:
+    screen.print(f"[red]structure:[/] {fault}")
+  if plan.estimate is not None:
+    told = plan.estimate
+    screen.print(
+      f"A step: {told.seconds:.0f} s at {told.efficiency:.0%} of the chip's "
+      f"rates, {told.tokens_per_second:.0f} generated tokens a second and chip;"
+      f" {told.largest.name!r} takes most, bound by {told.largest.bound}."
+    )
+  screen.print(plan.verdict, style="bold")
+
+
+def _show_work(plan: Plan, screen: Console) -> None:
+  work = Table(title="a call, on a chip")
+  work.add_column("program")
+  for name in ("TFLOP", "GB", "compiler's s", "calls a step", "seconds"):
+    work.add_column(name, justify="right")
+  work.add_column("bound")
+  work.add_column("collectives, GB received")
+  sizes = dict(plan.run.mesh.shape)
+  timed = {x.name: x for x in plan.estimate.programs} if plan.estimate else {}
+  for one in plan.compiled:
+    exchanged = hlo.by_kind(one.cost.collectives, sizes)
+    own = timed.get(one.name)
+    best = one.optimal_seconds
+    work.add_row(
+      one.name,
+      f"{one.cost.flops / 1e12:.2f}",
+      f"{one.cost.bytes / 1e9:.1f}",
+      "-" if best is None else f"{best:.4f}",
+      f"{own.calls:.0f}" if own else "-",
+      f"{own.seconds:.1f}" if own else "-",
+      own.bound if own else "-",
+      ", ".join(f"{k} {v / 1e9:.2f}" for k, v in exchanged.items() if v > 1e6),
+    )
+  screen.print(work)
+
+
+if __name__ == "__main__":
+  app.run(main)
