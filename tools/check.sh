@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Format, lint, types and the layer contract; needs pip install -e '.[dev]'.
+# Format, lint, shell, types and the layer contract; needs pip install -e '.[dev]'.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ruff format --check .
 ruff check .
+git ls-files -z '*.sh' | xargs -0 shellcheck --external-sources
 mypy
 lint-imports
