@@ -16,15 +16,17 @@ def base(**overrides: object) -> ConfigDict:
       # JAX_COMPILATION_CACHE_DIR comes first.
       "compilation_cache": "~/.cache/jaxvlm",
       # Devices along each mesh axis; -1 takes what the others leave.
-      "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+      # The data axis goes over all slices (of a multi-slice TPU pod; -1: found).
+      "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "slices": -1},
       "model": {
         # A Hugging Face directory; "": make one as `scratch` says.
         "checkpoint": "",
         "scratch": None,
         "dtype": "float32",  # of activations
         "param_dtype": "float32",  # of weights
-        # none | dots | full: the backward pass computes again nothing, all but
-        # products with weights, all but what passes between layers.
+        # none | dots | offload | full: the backward pass computes again nothing,
+        # all but products with weights (offload: kept in the host's memory), all
+        # but what passes between layers.
         "remat": "none",
         # plain | fused: kernels for GPU and TPU | auto: fused where there are.
         "attention": "auto",
@@ -48,6 +50,9 @@ def base(**overrides: object) -> ConfigDict:
         # Steps between checks that a question's completions are less or more
         # likely with another's pictures; 0: never.
         "blind_every": 50,
+        # Seconds that hosts wait for one another, as for one whose rewards or
+        # rows are slow, before all end.
+        "host_wait": 600.0,
       },
       "checkpoint": {
         "every": 20,

@@ -153,7 +153,7 @@ def _matrix(axes: tuple[str | None, ...]) -> Any:
   """
   if {"vocab", "place"} & set(axes):
     return None  # tables
-  head = [i for i, a in enumerate(axes) if a in ("heads", "kv_heads")]
+  head = [i for i, a in enumerate(axes) if str(a).endswith("heads")]
   groups = [
     (i, i + 1) if i in head else (i,)
     for i, a in enumerate(axes)
@@ -339,7 +339,7 @@ def _unpack(
 def logprobs(
   program: Program, params: Params, banned: Bool[Array, " V"], tree: Tree
 ) -> Float[Array, "Q G C"]:
-  return _score(program, params, banned, tree)[0]
+  return sharding.pin(_score(program, params, banned, tree)[0])
 
 
 def _loss(

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxvlm import hosts
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -22,13 +24,18 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   "vision_embed": "fsdp",
   "heads": "tensor",
   "kv_heads": "tensor",
+  "vision_heads": "tensor",
   "mlp": "tensor",
+  "vision_mlp": "tensor",
   "vocab": "tensor",
   "place": None,  # in a table of learned positions
   "head_dim": None,
   "patch": None,
   "norm": None,
 }
+# Those that each device holds whole where their size does not divide: few keys'
+# heads, a small tower, an odd vocabulary. What else does not divide is refused.
+WHOLE = ("kv_heads", "vision_heads", "vision_mlp", "vision_embed", "vocab")
 
 _mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar(
   "mesh", default=None
@@ -40,12 +47,21 @@ def make_mesh(
   data: int,
   fsdp: int,
   tensor: int,
+  slices: int,
   devices: Sequence[jax.Device] | None = None,  # None: all there are
 ) -> Mesh:
   """A mesh over all devices; one size may be -1 and takes what is left.
 
+  Args:
+    data: devices along this axis, those of all slices together.
+    fsdp: likewise, within a slice.
+    tensor: likewise, within a host.
+    slices: parts of the data axis whose devices have a slower network between
+      them: slices of a TPU pod, or hosts; -1: as many as the devices say.
+
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, slices do
+      not divide the data axis, or tensor reaches over hosts.
   """
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
   devices = jax.devices() if devices is None else devices
@@ -63,7 +79,59 @@ def make_mesh(
       f"mesh: {sizes} does not make {count} devices; set one size to -1 or "
       f"choose sizes whose product is {count}."
     )
-  return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+  shape = tuple(sizes.values())
+  return Mesh(arrange(devices, shape, slices), AXES)
+
+
+def arrange(
+  devices: Sequence[Any], shape: tuple[int, ...], slices: int
+) -> np.ndarray:
+  """The devices as an array of this shape, neighbours near one another.
+
+  Raises:
+    ValueError: as `make_mesh`.
+  """
+  named = {getattr(device, "slice_index", 0) for device in devices}
+  if slices == -1:
+    slices = len(named)
+  if slices < 1 or shape[0] % slices:
+    raise ValueError(
+      f"mesh.data: got {shape[0]}, and there are {slices} slices; expected a "
+      "multiple of these. mesh.slices=1 takes all devices for one slice."
+    )
+  inner, outer = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+  try:
+    found = (
+      mesh_utils.create_hybrid_device_mesh(
+        inner,
+        outer,
+        devices,
+        process_is_granule=len(named) != slices,
+        allow_split_physical_axes=True,
+      )
+      if slices > 1
+      else mesh_utils.create_device_mesh(
+        shape, devices, allow_split_physical_axes=True
+      )
+    )
+  except ValueError as error:
+    raise ValueError(f"mesh.slices: got {slices}: {error}.") from error
+  if not _whole_on_hosts(found):
+    by_host = sorted(devices, key=lambda d: (d.process_index, d.id))
+    found = np.array(by_host).reshape(shape)
+  if not _whole_on_hosts(found):
+    local = len(devices) // len({d.process_index for d in devices})
+    raise ValueError(
+      f"mesh.tensor: got {shape[-1]}, and a host has {local} devices; expected "
+      "a divisor of these, for a question and its group stay on one host."
+    )
+  return found
+
+
+def _whole_on_hosts(devices: np.ndarray) -> bool:
+  """Whether those that share a question's work are of one host."""
+  groups = devices.reshape(-1, devices.shape[-1])
+  return all(len({d.process_index for d in group}) == 1 for group in groups)
 
 
 def data_shards(mesh: Mesh) -> int:
@@ -123,12 +191,27 @@ def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
 def sharding(
   mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> NamedSharding:
-  """Sharding of an array; a dimension that does not divide is replicated."""
+  """Sharding of an array.
+
+  A dimension that does not divide is whole on each device if its axis is one
+  of WHOLE.
+
+  Raises:
+    ValueError: another dimension does not divide; names both axes.
+  """
   names = list(spec(axes))
-  for i, (name, size) in enumerate(zip(names, shape, strict=True)):
-    parts = (name,) if isinstance(name, str) else name or ()
-    if size % int(np.prod([mesh.shape[p] for p in parts])):
-      names[i] = None
+  for i, (axis, name, size) in enumerate(zip(axes, names, shape, strict=True)):
+    mesh_axes = (name,) if isinstance(name, str) else name or ()
+    parts = int(np.prod([mesh.shape[one] for one in mesh_axes]))
+    if size % parts == 0:
+      continue
+    if axis not in WHOLE:
+      raise ValueError(
+        f"mesh.{', mesh.'.join(mesh_axes)}: {parts} devices do not divide "
+        f"the {size} of {axis!r} of an array {shape}; expected a divisor of "
+        f"{size}."
+      )
+    names[i] = None
   return NamedSharding(mesh, PartitionSpec(*names))
 
 
@@ -141,6 +224,29 @@ def abstract(mesh: Mesh, shapes: Any, axes: Any) -> Any:
     shapes,
     axes,
   )
+
+
+def whole(mesh: Mesh, shapes: Any, axes: Any) -> dict[str, list[int]]:
+  """Which logical axes are not split though the table says so, and sizes.
+
+  Args:
+    mesh: the mesh.
+    shapes: a tree of what has a shape.
+    axes: the same tree with the logical axes of each.
+
+  Raises:
+    ValueError: as `sharding`.
+  """
+  found: dict[str, set[int]] = {}
+
+  def look(x: Any, names: tuple[str | None, ...]) -> None:
+    placed = sharding(mesh, names, x.shape).spec
+    for axis, size, here in zip(names, x.shape, placed, strict=True):
+      if here is None and axis is not None and RULES[axis] is not None:
+        found.setdefault(axis, set()).add(size)
+
+  jax.tree.map(look, shapes, axes)
+  return {axis: sorted(sizes) for axis, sizes in found.items()}
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
@@ -214,18 +320,12 @@ def batch_axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:
 
 def agree_max(values: Any) -> np.ndarray:
   """Elementwise maximum over hosts, so that all compile the same shapes."""
-  values = np.asarray(values)
-  if jax.process_count() == 1:
-    return values
-  return np.asarray(multihost_utils.process_allgather(values)).max(0)
+  return hosts.exchange(values).max(0)
 
 
 def sum_over_hosts(values: Any) -> np.ndarray:
   """Elementwise sum over hosts."""
-  values = np.asarray(values)
-  if jax.process_count() == 1:
-    return values
-  return np.asarray(multihost_utils.process_allgather(values)).sum(0)
+  return hosts.exchange(values).sum(0)
 
 
 def to_host(x: jax.Array, axis: int = 0) -> np.ndarray:
@@ -235,13 +335,24 @@ def to_host(x: jax.Array, axis: int = 0) -> np.ndarray:
   rows = {
     shard.index[axis].start or 0: shard.data for shard in x.addressable_shards
   }
-  return np.concatenate([np.asarray(rows[at]) for at in sorted(rows)], axis)
+  own = np.concatenate([np.asarray(rows[at]) for at in sorted(rows)], axis)
+  assert own.shape[axis] * jax.process_count() == x.shape[axis], x.sharding
+  return own
+
+
+def pin(tree: Any) -> Any:
+  """A record's arrays [Q ...] split over questions, where a mesh is in use.
+
+  What a program returns lies as the compiler likes, and `to_host` takes
+  nothing but a host's own rows.
+  """
+  return jax.tree.map(
+    lambda x: constrain(x, "question", *(x.ndim - 1) * (None,)), tree
+  )
 
 
 def gather(values: np.ndarray) -> tuple[np.ndarray, slice]:
   """Rows of all hosts, as many of each, and where this host's are."""
-  if jax.process_count() == 1:
-    return values, slice(None)
-  rows = np.concatenate(multihost_utils.process_allgather(values))
+  rows = np.concatenate(hosts.exchange(values))
   start = jax.process_index() * len(values)
   return rows, slice(start, start + len(values))

@@ -13,7 +13,7 @@ from tests.dense import collate
 
 
 def test_a_size_of_minus_one_takes_what_is_left():
-  mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2)
+  mesh = sharding.make_mesh(data=-1, fsdp=2, tensor=2, slices=-1)
   assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
   assert sharding.data_shards(mesh) == 4
 
@@ -31,7 +31,7 @@ def test_a_size_of_minus_one_takes_what_is_left():
 def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
   data, fsdp, tensor = sizes
   with pytest.raises(ValueError, match=message):
-    sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+    sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, slices=-1)
 
 
 def test_logical_axes_map_to_the_mesh_by_the_table():
@@ -56,10 +56,95 @@ def test_axes_that_collide_or_are_unknown_are_refused(axes, message):
     sharding.spec(axes)
 
 
-def test_a_dimension_that_does_not_divide_is_replicated(make_mesh):
+@pytest.mark.parametrize("axis", sharding.WHOLE)
+def test_what_may_be_whole_is_so_where_it_does_not_divide(make_mesh, axis):
   mesh = make_mesh(1, 4, 2)
-  placed = sharding.sharding(mesh, ("embed", "heads"), (6, 4))
-  assert placed.spec == PartitionSpec(None, "tensor")
+  assert sharding.sharding(mesh, (axis,), (3,)).spec == PartitionSpec(None)
+  split = sharding.sharding(mesh, (axis,), (8,)).spec
+  assert split == PartitionSpec(sharding.RULES[axis])
+
+
+@pytest.mark.parametrize(
+  ("axes", "shape", "message"),
+  [
+    (
+      ("embed", "heads"),
+      (6, 4),
+      "mesh.fsdp: 4 devices do not divide the 6 of 'embed'",
+    ),
+    (
+      ("embed", "heads"),
+      (8, 3),
+      "mesh.tensor: 2 devices .* 3 of 'heads' .*; expected a divisor of 3",
+    ),
+    (("question",), (2,), "mesh.data, mesh.fsdp: 4 devices .* 'question'"),
+  ],
+)
+def test_what_is_to_be_split_and_does_not_divide_is_refused(
+  make_mesh, axes, shape, message
+):
+  with pytest.raises(ValueError, match=message):
+    sharding.sharding(make_mesh(1, 4, 2), axes, shape)
+
+
+def test_it_is_told_which_axes_are_whole(make_mesh):
+  shapes = {
+    name: jnp.zeros((8, size)) for name, size in (("a", 3), ("b", 2), ("c", 5))
+  }
+  axes = dict.fromkeys("ac", ("embed", "kv_heads")) | {"b": ("embed", "heads")}
+  found = sharding.whole(make_mesh(1, 4, 2), shapes, axes)
+  assert found == {"kv_heads": [3, 5]}
+
+
+class Device:
+  """One of a TPU pod: slices of two hosts, each with a row of chips."""
+
+  platform = "tpu"
+  device_kind = "TPU v5 lite"
+  core_on_chip = 0
+
+  def __init__(self, number, chips):
+    self.id = number
+    self.process_index, x = divmod(number, chips)
+    self.slice_index, y = divmod(self.process_index, 2)
+    self.coords = (x, y, 0)
+
+  def __repr__(self):
+    return f"{self.slice_index}.{self.process_index}.{self.id}"
+
+
+def test_the_data_axis_goes_over_slices_and_the_others_stay_within():
+  devices = [Device(i, 4) for i in range(16)]
+  found = sharding.arrange(devices, (4, 2, 2), -1)
+  slices = np.vectorize(lambda device: device.slice_index)(found)
+  assert slices.tolist() == [[[s] * 2] * 2 for s in (0, 0, 1, 1)]
+  hosts = np.vectorize(lambda device: device.process_index)(found)
+  assert (hosts[..., :1] == hosts).all()
+  assert sorted(d.id for d in found.flat) == list(range(16))
+
+
+def test_tensor_stays_on_a_host_whatever_the_order_of_the_chips():
+  devices = [Device(i, 4) for i in range(8)]
+  found = sharding.arrange(devices[::-1], (2, 1, 4), -1)
+  hosts = np.vectorize(lambda device: device.process_index)(found)
+  assert (hosts[..., :1] == hosts).all()
+
+
+@pytest.mark.parametrize(
+  ("count", "shape", "slices", "message"),
+  [
+    (16, (1, 8, 2), -1, "mesh.data: got 1, and there are 2 slices; expected a"),
+    (16, (3, 1, 1), 2, "mesh.data: got 3, and there are 2 slices"),
+    (16, (8, 1, 2), 8, "mesh.slices: got 8"),
+    (8, (1, 1, 8), -1, "mesh.tensor: got 8, and a host has 4 devices"),
+  ],
+)
+def test_slices_and_hosts_that_do_not_fit_are_refused(
+  count, shape, slices, message
+):
+  devices = [Device(i, 4) for i in range(count)]
+  with pytest.raises(ValueError, match=message):
+    sharding.arrange(devices, shape, slices)
 
 
 def test_every_weight_has_axes_that_the_table_places(network, make_mesh):
@@ -93,7 +178,6 @@ def test_constrain_acts_where_a_mesh_is_in_use_alone(make_mesh):
   [
     (4, 2, (2, 2), (2, 1)),
     (4, 1, (2, 4), (2, 1)),  # keys' heads do not divide: all are whole
-    (3, 2, (3, 2), (3, 1)),
   ],
 )
 def test_each_device_gets_its_part_and_whole_what_does_not_divide(
@@ -145,6 +229,7 @@ def test_to_host_takes_this_hosts_rows_once_and_in_order():
 
   array = types.SimpleNamespace(
     is_fully_addressable=False,
+    shape=(4, 3),
     addressable_shards=[shard(6, 1), shard(4, 0), shard(6, 1), shard(4, 0)],
   )
   np.testing.assert_array_equal(
@@ -155,11 +240,8 @@ def test_to_host_takes_this_hosts_rows_once_and_in_order():
 def test_hosts_agree_on_the_largest_and_add_their_sums(monkeypatch):
   np.testing.assert_array_equal(sharding.agree_max([3, 1]), [3, 1])
   np.testing.assert_array_equal(sharding.sum_over_hosts([3, 1]), [3, 1])
-  monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(
-    sharding.multihost_utils,
-    "process_allgather",
-    lambda x: np.stack([x, np.array([2, 5])]),
+    sharding.hosts, "exchange", lambda x: np.stack([x, np.array([2, 5])])
   )
   np.testing.assert_array_equal(sharding.agree_max([3, 1]), [3, 5])
   np.testing.assert_array_equal(sharding.sum_over_hosts([3, 1]), [5, 6])

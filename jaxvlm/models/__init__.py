@@ -3,6 +3,7 @@
 from jaxvlm.models.network import (
   REMAT,
   Network,
+  check_remat,
   choose_attention,
   find_family,
   find_size,
@@ -23,6 +24,7 @@ __all__ = [
   "ORBAX",
   "REMAT",
   "Network",
+  "check_remat",
   "check_tensors",
   "choose_attention",
   "copy_companions",

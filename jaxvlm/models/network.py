@@ -17,11 +17,12 @@ from jaxvlm.nn import block_attention, fused_attention, kv_cache
 from jaxvlm.nn.block_attention import Attend, of_trees
 from jaxvlm.nn.decoder import Embeds, visual_columns
 from jaxvlm.nn.kv_cache import KVCache
+from jaxvlm.nn.layers import HOST_MEMORY
 from jaxvlm.sharding import constrain
 from jaxvlm.types import Features, Params, Vision
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-REMAT = ("none", "dots", "full")
+REMAT = ("none", "dots", "offload", "full")
 ATTENTION = ("plain", "fused")
 
 
@@ -53,6 +54,22 @@ def find_size(name: str) -> Any:
   if name not in sizes:
     raise ValueError(f"no size {name!r}; there are {', '.join(sizes)}.")
   return sizes[name]
+
+
+def check_remat(name: str) -> None:
+  """Raises ValueError for what is none of REMAT, or not on this backend."""
+  if name not in REMAT:
+    raise ValueError(
+      f"model.remat: got {name!r}; expected one of {', '.join(REMAT)}."
+    )
+  memories = jax.local_devices()[0].addressable_memories()
+  kinds = [memory.kind for memory in memories]
+  if name == "offload" and HOST_MEMORY not in kinds:
+    raise ValueError(
+      f"model.remat: got 'offload', and a device of {jax.default_backend()} has "
+      f"no memory {HOST_MEMORY!r} (it has {', '.join(kinds)}); expected dots or "
+      "full."
+    )
 
 
 def choose_attention(name: str) -> str:
@@ -90,8 +107,8 @@ class Network:
     dtype: of activations; norms, softmax and rope angles stay float32.
     param_dtype: of weights.
     remat: what the backward pass computes again: "none", all but products
-      with weights and attention ("dots"), or all but what passes between
-      layers ("full").
+      with weights and attention ("dots"; "offload": with the products in the
+      host's memory), or all but what passes between layers ("full").
     attention: "plain" JAX, or the backend's "fused" kernels.
   """
 
@@ -102,8 +119,7 @@ class Network:
   attention: str
 
   def __post_init__(self) -> None:
-    if self.remat not in REMAT:
-      raise ValueError(f"remat: got {self.remat!r}, expected one of {REMAT}.")
+    check_remat(self.remat)
     if self.attention not in ATTENTION:
       raise ValueError(
         f"attention: got {self.attention!r}, expected one of {ATTENTION}."
@@ -174,9 +190,14 @@ class Network:
     if isinstance(vision, Features):
       return vision
     tower = _merge(self.skeleton.visual, params["visual"])
-    return tower(
+    seen = tower(
       vision, dtype=self.dtype, remat=self.remat, attend=self._attend
     )
+    levels = seen.levels
+    if levels is not None:
+      levels = constrain(levels, None, "lane", None, None)
+    tokens = constrain(seen.tokens, "lane", None, None)
+    return Features(tokens=tokens, levels=levels)
 
   def embed(
     self,
@@ -314,8 +335,10 @@ class Network:
   def _embed_tokens(
     self, params: Params, ids: Int[Array, "Q T"]
   ) -> Float[Array, "Q T D"]:
-    table = self.skeleton.language_model.embed_tokens
-    embed = _merge(table, params["language_model"]["embed_tokens"])
+    table = params["language_model"]["embed_tokens"]["embedding"]
+    # Whole vectors: what is looked up lies with the questions, not by width.
+    table = {"embedding": constrain(table, "vocab", None)}
+    embed = _merge(self.skeleton.language_model.embed_tokens, table)
     return constrain(embed(ids, self.dtype), "question", None, None)
 
   @property

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 M = TypeVar("M", bound=nnx.Module)
 T = TypeVar("T")
 
+HOST_MEMORY = "pinned_host"  # jax's name of the memory that devices read too
 KEPT = "kept"  # name (checkpoint_name) of what is too dear to compute again
 
 
@@ -164,8 +165,10 @@ class MLP(nnx.Module):
     linear = functools.partial(
       Linear, use_bias=True, std=std, dtype=dtype, rngs=rngs
     )
-    self.linear_fc1 = linear((size,), (mlp_size,), axes=(axes[0], "mlp"))
-    self.linear_fc2 = linear((mlp_size,), (out_size,), axes=("mlp", axes[1]))
+    self.linear_fc1 = linear((size,), (mlp_size,), axes=(axes[0], "vision_mlp"))
+    self.linear_fc2 = linear(
+      (mlp_size,), (out_size,), axes=("vision_mlp", axes[1])
+    )
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B E"]:
     return self.linear_fc2(self.act(self.linear_fc1(x)))
@@ -188,9 +191,10 @@ class GatedMLP(nnx.Module):
     linear = functools.partial(
       Linear, use_bias=use_bias, std=std, dtype=dtype, rngs=rngs
     )
-    self.gate_proj = linear((size,), (mlp_size,), axes=(axis, "mlp"))
-    self.up_proj = linear((size,), (mlp_size,), axes=(axis, "mlp"))
-    self.down_proj = linear((mlp_size,), (size,), axes=("mlp", axis))
+    mlp = "vision_mlp" if axis == "vision_embed" else "mlp"
+    self.gate_proj = linear((size,), (mlp_size,), axes=(axis, mlp))
+    self.up_proj = linear((size,), (mlp_size,), axes=(axis, mlp))
+    self.down_proj = linear((mlp_size,), (size,), axes=(mlp, axis))
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -226,8 +230,9 @@ def scan(
     x: the stream, a pytree.
     inputs: pytree of arrays with a leading layer axis.
     remat: "none" keeps what the backward pass needs; "dots" only products
-      with weights, x between layers and what is named KEPT, "full" only x;
-      they compute the rest again.
+      with weights, x between layers and what is named KEPT, "offload" the same
+      with the products in the host's memory, "full" only x; they compute the
+      rest again.
 
   Returns:
     x after the last layer, and the outputs stacked over layers.
@@ -239,13 +244,19 @@ def scan(
     return call(nnx.merge(definition, weights), x, inputs)
 
   if remat != "none":
-    policies = jax.checkpoint_policies
-    kept = {
-      "dots": policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable,
-        policies.save_only_these_names(KEPT),
-      ),
-      "full": policies.nothing_saveable,
-    }
-    body = jax.checkpoint(body, prevent_cse=False, policy=kept[remat])
+    body = jax.checkpoint(body, prevent_cse=False, policy=_policy(remat))
   return jax.lax.scan(body, x, (weights, inputs))
+
+
+def _policy(remat: str) -> Callable[..., Any]:
+  policies = jax.checkpoint_policies
+  if remat == "full":
+    return policies.nothing_saveable
+  named = policies.save_only_these_names(KEPT)
+  products = policies.dots_with_no_batch_dims_saveable
+  if remat == "offload":
+    products = policies.offload_dot_with_no_batch_dims("device", HOST_MEMORY)
+  # jax's own "either" takes no policy that offloads.
+  return lambda *args, **params: (
+    named(*args, **params) or products(*args, **params)
+  )

@@ -85,10 +85,12 @@ class VisionAttention(nnx.Module):
     head = (num_heads, size // num_heads)
     # The fused output splits as (q k v, head, head_dim), not head first.
     self.qkv = linear(
-      (size,), (3, *head), axes=("vision_embed", None, "heads", "head_dim")
+      (size,),
+      (3, *head),
+      axes=("vision_embed", None, "vision_heads", "head_dim"),
     )
     self.proj = linear(
-      head, (size,), axes=("heads", "head_dim", "vision_embed")
+      head, (size,), axes=("vision_heads", "head_dim", "vision_embed")
     )
 
   def __call__(

@@ -17,7 +17,7 @@ from jaxvlm.models import Network
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.rl.logprobs import token_logits
 from jaxvlm.rollout.sampling import draw, draw_keys
-from jaxvlm.sharding import constrain
+from jaxvlm.sharding import constrain, pin
 from jaxvlm.types import Features, Params, Prompts, record
 
 
@@ -113,7 +113,8 @@ def prefill(
     logprobs=jnp.zeros(columns, jnp.float32),
   )
   first = jnp.broadcast_to(hidden[:, None], (*rows, hidden.shape[-1]))
-  return _write(program, slots, network.head(weights), banned, first, clock)
+  head = network.head(weights)
+  return _laid(_write(program, slots, head, banned, first, clock))
 
 
 def _read(
@@ -166,8 +167,7 @@ def _read(
   def gather(cache: Array) -> Array:
     flat = cache.reshape(rows, room * width, *cache.shape[3:])
     found = jax.vmap(lambda x, i: x[i])(flat, jnp.maximum(columns, 0))
-    found = found.reshape(*prompts.columns.shape, *cache.shape[3:])
-    return constrain(found, "question", None, "kv_heads", "head_dim")
+    return found.reshape(*prompts.columns.shape, *cache.shape[3:])
 
   return hidden.reshape(-1, hidden.shape[-1]), jax.tree.map(gather, caches)
 
@@ -240,7 +240,8 @@ def decode(
     slots = _write(program, slots, head, banned, hidden, clock)
     return slots, caches, clock
 
-  return jax.lax.while_loop(go_on, step, (slots, caches, clock))
+  slots, caches, clock = jax.lax.while_loop(go_on, step, (slots, caches, clock))
+  return _laid(slots), _laid_caches(caches), clock
 
 
 def _write(
@@ -318,7 +319,7 @@ def regroup(
     flat = x.reshape(-1, *x.shape[2:])
     return take(flat, rows).reshape(*rows.shape, *x.shape[2:])
 
-  return dataclasses.replace(
+  taken = dataclasses.replace(
     slots,
     question=of_blocks(slots.question),
     begun=of_blocks(slots.begun),
@@ -333,7 +334,8 @@ def regroup(
     last=of_rows(slots.last),
     ids=of_rows(slots.ids),
     logprobs=of_rows(slots.logprobs),
-  ), jax.tree.map(of_rows, caches)
+  )
+  return _laid(taken), _laid_caches(jax.tree.map(of_rows, caches))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -355,7 +357,21 @@ def admit(
     )
     return found.reshape(old.shape)
 
-  return jax.tree.map(put, slots, fresh)
+  return _laid(jax.tree.map(put, slots, fresh))
+
+
+def _laid(slots: Slots) -> Slots:
+  """Slots that lie on the mesh as their questions do."""
+  rest = pin(dataclasses.replace(slots, prompts=[]))
+  return dataclasses.replace(rest, prompts=_laid_caches(slots.prompts))
+
+
+def _laid_caches(caches: list[KVCache]) -> list[KVCache]:
+  def laid(x: Array) -> Array:
+    between = (None,) * (x.ndim - 3)
+    return constrain(x, "question", *between, "kv_heads", "head_dim")
+
+  return jax.tree.map(laid, caches)
 
 
 def _split(program: Program, x: Array) -> Array:

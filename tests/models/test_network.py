@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -317,7 +318,7 @@ def test_a_lane_is_read_by_its_own_questions_alone(network, params):
 
 
 def test_no_gather_crosses_lanes(family, network, directory):
-  mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1)
+  mesh = sharding.make_mesh(data=8, fsdp=1, tensor=1, slices=-1)
   params = load_params(network, directory, mesh)
   tokens = np.zeros((8, 4, 64), np.float32)
   levels = np.zeros((3, 8, 4, 64), np.float32)
@@ -345,7 +346,7 @@ def test_a_mesh_changes_nothing(
   network, params, directory, layout, logits_of, make_question, sizes
 ):
   data, fsdp, tensor = sizes
-  mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+  mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, slices=-1)
   lanes = sharding.data_shards(mesh)
   grids = [[(1, 4, 4)], [(1, 2, 6)], [], [(1, 2, 2), (1, 2, 4)]]
   questions = [
@@ -426,6 +427,16 @@ def test_an_unknown_family_is_refused_by_name():
 def test_an_unknown_remat_is_refused(network):
   with pytest.raises(ValueError, match="remat"):
     dataclasses.replace(network, remat="some")
+
+
+def test_offload_is_refused_where_devices_have_no_host_memory(
+  network, monkeypatch
+):
+  memory = types.SimpleNamespace(kind="device")
+  device = types.SimpleNamespace(addressable_memories=lambda: [memory])
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  with pytest.raises(ValueError, match=r"no memory 'pinned_host' \(it has dev"):
+    dataclasses.replace(network, remat="offload")
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_bfloat16_files_load(hf, params, tmp_path):
 
 
 def test_weights_are_laid_out_by_their_axes(network, directory, params):
-  mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+  mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2, slices=-1)
   got = load_params(network, directory, mesh)
   assert_equal(got, params)
   kernel = got["language_model"]["layers"]["self_attn"]["q_proj"]["kernel"]
@@ -156,7 +156,7 @@ def test_each_element_is_read_once_and_no_more_of_it_than_a_device_holds(
 ):
   """A process that holds a share of the devices reads that share."""
   data, fsdp, tensor = sizes
-  mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+  mesh = sharding.make_mesh(data=data, fsdp=fsdp, tensor=tensor, slices=-1)
   elements, parts = [], []
   to_tree = hf_files.Weight.to_tree
 

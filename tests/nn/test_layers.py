@@ -180,7 +180,7 @@ def test_a_stack_has_layers_of_its_own(layers):
   assert not jnp.array_equal(kernel[0], kernel[1])
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "offload", "full"])
 def test_scan_equals_a_loop_in_values_and_gradients(layers, remat):
   x = jnp.arange(6.0).reshape(2, 3) / 6
   scales = jnp.arange(1.0, 5.0)
@@ -209,3 +209,5 @@ def test_scan_equals_a_loop_in_values_and_gradients(layers, remat):
   np.testing.assert_allclose(
     gradient["kernel"][...], expected[1], rtol=1e-4, atol=1e-5
   )
+  program = str(jax.make_jaxpr(jax.grad(scanned))(weights, x))
+  assert ("Host" in program) == (remat == "offload")

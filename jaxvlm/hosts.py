@@ -1,0 +1,276 @@
+"""The processes of a run: found, in agreement, and ended together.
+
+What they tell one another goes through jax's coordinator on the first of them,
+not through the devices: so none waits longer than `limit` for one that is slow,
+and all hear within seconds of one that failed.
+"""
+
+import contextlib
+import io
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import clusters, distributed
+
+_FAILED = "jaxvlm/failed"  # which process did, and why
+_HEARD = "jaxvlm/heard"  # the processes that know
+_LISTEN = 0.5  # seconds between two looks
+_LINGER = 5.0  # that a process that failed waits for the others to hear
+_LEAVE = 60  # that one that has ended waits for the others to end
+
+_numbers = itertools.count()
+_seconds = 600.0  # see `limit`
+_terminated = threading.Event()  # by SIGTERM
+_over = threading.Event()  # this process listens no more
+
+
+class Late(RuntimeError):
+  """A process kept the others waiting for too long."""
+
+
+def join(
+  coordinator_address: str | None,
+  num_processes: int | None,
+  process_id: int | None,
+) -> None:
+  """Joins the other processes of the run; must come before any computation.
+
+  Without arguments jax finds them: on TPU pods, under Slurm's srun, in indexed
+  jobs of Kubernetes and under Open MPI. Elsewhere this process is alone.
+
+  Args:
+    coordinator_address: HOST:PORT of process 0.
+    num_processes: how many there are; 1: this one is alone, wherever it is.
+    process_id: which of them this is, from 0.
+
+  Raises:
+    ValueError: some are given and others are not, or no process was found.
+  """
+  given = (coordinator_address, num_processes, process_id)
+  by_hand = given != (None, None, None)
+  if num_processes == 1 or not (by_hand or _surrounded()):
+    return
+  if by_hand and None in given:
+    raise ValueError(
+      f"--coordinator_address, --num_processes, --process_id: got {given}; "
+      "expected all three, or none where they are found: on a TPU pod, under "
+      "srun, in an indexed job of Kubernetes. --num_processes=1 runs alone."
+    )
+  try:
+    jax.distributed.initialize(
+      *given,
+      local_device_ids=_gpus(),
+      cluster_detection_method="deactivate" if by_hand else None,
+      shutdown_timeout_seconds=_LEAVE,
+    )
+  except (RuntimeError, ValueError) as error:
+    raise ValueError(
+      f"the other processes of this run cannot be joined: {error} (In "
+      "Kubernetes, finding them takes `pip install 'jax[k8s]'`.) "
+      "--num_processes=1 runs alone."
+    ) from error
+
+
+def _surrounded() -> bool:
+  """Whether jax finds a cluster of several processes around this one."""
+  platforms = os.environ.get("JAX_PLATFORMS")
+  for one in clusters.ClusterEnv._cluster_types:
+    if one.opt_in_only_method or one is clusters.K8sCluster:
+      continue
+    if one.name.endswith("tpu") and platforms and "tpu" not in platforms:
+      continue
+    if one.is_env_present():
+      return one.get_process_count() > 1
+  # Of a pod that is of no indexed job jax would ask the cluster in vain.
+  return {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(os.environ)
+
+
+def _gpus() -> list[int] | None:
+  """All of a node, where srun starts one process there; None: as jax says.
+
+  jax gives a process of Slurm's one GPU.
+  """
+  tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").partition("(")[0]
+  count = int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+  return list(range(count)) if tasks == "1" and count > 1 else None
+
+
+def limit(seconds: float) -> None:
+  """How long processes wait for one another from now on, at the most."""
+  global _seconds
+  _seconds = seconds
+
+
+def exchange(values: Any) -> np.ndarray:
+  """The values of all processes, [hosts ...], of one shape and dtype.
+
+  Raises:
+    Late: one has not come within the limit; says which.
+  """
+  values = np.asarray(values)
+  if jax.process_count() == 1:
+    return values[None]
+  client: Any = distributed.global_state.client
+  number = next(_numbers)
+  file = io.BytesIO()
+  np.save(file, values, allow_pickle=False)
+  place = f"jaxvlm/exchange/{number}"
+  client.key_value_set_bytes(
+    f"{place}/{jax.process_index():06}", file.getvalue()
+  )
+  _meet(client, place)
+  found = client.key_value_dir_get_bytes(place)
+  # All have passed the barrier, so all have read what came before it.
+  if jax.process_index() == 0 and number:
+    client.key_value_delete(f"jaxvlm/exchange/{number - 1}")
+  return np.stack([np.load(io.BytesIO(one)) for _, one in sorted(found)])
+
+
+def _meet(client: Any, place: str) -> None:
+  try:
+    client.wait_at_barrier(place, int(1000 * _seconds))
+  except jax.errors.JaxRuntimeError as error:
+    if "DEADLINE_EXCEEDED" not in str(error):
+      raise
+    came = {int(key[-6:]) for key, _ in client.key_value_dir_get_bytes(place)}
+    late = sorted(set(range(jax.process_count())) - came)
+    raise Late(
+      f"waited {_seconds:g} s for {_named(late)}, which may hang or be slow in "
+      "loading or rewards. limits.host_wait says how long hosts wait for one "
+      "another."
+    ) from error
+
+
+def wait() -> None:
+  """Returns when all processes have come here."""
+  exchange(0)
+
+
+def any_of(said: bool) -> bool:
+  """Whether any process said so."""
+  return bool(exchange(said).any())
+
+
+@contextlib.contextmanager
+def heeding() -> Iterator[None]:
+  """Within, SIGTERM is noted for `asked_to_stop`, however often it comes."""
+  before = signal.signal(signal.SIGTERM, lambda *_: _terminated.set())
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+def asked_to_stop() -> bool:
+  """Whether any process has got a SIGTERM; all hear the same."""
+  return any_of(_terminated.is_set())
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Within, a process ends when another fails, and the others when it does.
+
+  One that waits for others in a collective cannot be told otherwise.
+  """
+  client: Any = distributed.global_state.client
+  if client is None:
+    yield
+    return
+  listener = threading.Thread(target=_listen, args=(client,), daemon=True)
+  listener.start()
+  with ending():
+    yield
+  _over.set()
+  listener.join()
+  jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def ending(
+  *told: type[Exception], spared: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+  """Ends all processes as soon as this one fails within.
+
+  At once, for what would be closed on the way out may wait for the others.
+  Where the process is alone this does nothing.
+
+  Args:
+    *told: what is an error of the run, and said in a line.
+    spared: what is no failure.
+  """
+  try:
+    yield
+  except BaseException as error:
+    client: Any = distributed.global_state.client
+    ended = isinstance(error, SystemExit) and not error.code
+    if client is not None and not ended and not isinstance(error, spared):
+      _end(client, error, told)
+    raise
+
+
+def _end(
+  client: Any, error: BaseException, told: tuple[type[Exception], ...]
+) -> None:
+  """Says here and to the others why this process ends, and ends it."""
+  _over.set()
+  if others := _heard(client):
+    why = others  # of which this is what came here
+    print(f"jaxvlm: {why}", file=sys.stderr)
+  elif isinstance(error, (SystemExit, Late, *told)):
+    why = str(error).removeprefix("jaxvlm: ")
+    print(f"jaxvlm: {why}", file=sys.stderr)
+  else:
+    why = "".join(traceback.format_exception_only(error)).strip()
+    traceback.print_exception(error)
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    # The first to fail is who the others hear of.
+    client.key_value_set(_FAILED, f"{jax.process_index()} {why}")
+  _leave(client)
+
+
+def _listen(client: Any) -> None:
+  """Ends this process when another has failed."""
+  while not _over.wait(_LISTEN):
+    told = _heard(client)
+    if told and not _over.is_set():
+      print(f"jaxvlm: {told}", file=sys.stderr)
+      _leave(client)
+
+
+def _heard(client: Any) -> str:
+  """Which process has failed, and why; "": none that is known of."""
+  try:
+    who, _, why = client.key_value_try_get(_FAILED).partition(" ")
+    return f"{_named([int(who)])} failed: {why}"
+  except jax.errors.JaxRuntimeError as error:
+    if "NOT_FOUND" in str(error):
+      return ""
+    return f"{_named([0])} cannot be reached; it has ended or was killed."
+
+
+def _leave(client: Any) -> None:
+  """Ends this process; the first one, who holds what is told, last of all."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    client.key_value_set(f"{_HEARD}/{jax.process_index()}", "")
+    until = time.monotonic() + _LINGER
+    while jax.process_index() == 0 and time.monotonic() < until:
+      time.sleep(_LISTEN)
+      if len(client.key_value_dir_get(_HEARD)) == jax.process_count():
+        break
+  # No exit handlers: jax's would wait for processes that wait for this one.
+  os._exit(1)
+
+
+def _named(processes: list[int]) -> str:
+  return "process " + ", ".join(map(str, processes))
