@@ -3,18 +3,17 @@
 import gzip
 import hashlib
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxvlm import paths
 from jaxvlm.data.rows import row_id
 from jaxvlm.job import Job
-from jaxvlm.metrics import Path, write_aside
 from jaxvlm.stages import Stage
 
 
 def write(
-  workdir: Path, job: Job, ledgers: Mapping[str, Mapping[str, float]]
+  workdir: paths.Path, job: Job, ledgers: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
   """Writes the ids of all rows; returns what summary.json says of them.
 
@@ -38,8 +37,8 @@ def write(
   }
   content = json.dumps({"train": train, "held_out": held_out})
   # No time of writing: runs of the same rows write the same bytes.
-  write_aside(
-    pathlib.Path(workdir) / "rows.json.gz",
+  paths.write(
+    paths.path(workdir) / "rows.json.gz",
     gzip.compress(content.encode(), mtime=0),
   )
   return {

@@ -12,8 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
-import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import jax
 import pyarrow
 
-from jaxvlm import annotations, checkpoint
+from jaxvlm import annotations, paths, workdir
 from jaxvlm.annotations import (
   COMPLETIONS,
   GENERATED,
@@ -34,7 +32,6 @@ from jaxvlm.data.rows import combined_seed
 from jaxvlm.display import Display
 from jaxvlm.evaluate import Answered, Asked, answer
 from jaxvlm.job import Job
-from jaxvlm.metrics import write_aside
 from jaxvlm.rollout.sampler import Draws, Weights
 from jaxvlm.scoring import Scorer
 from jaxvlm.types import Example, Question
@@ -120,12 +117,12 @@ def narrowed(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
   }
 
 
-def parts_of(output: pathlib.Path) -> pathlib.Path:
+def parts_of(output: Any) -> Any:
   """Where the batches are kept until all are done."""
   return output.with_name(f"{output.name}.parts")
 
 
-def run(job: Job, plan: Plan, output: pathlib.Path, display: Display) -> None:
+def run(job: Job, plan: Plan, output: Any, display: Display) -> None:
   """Annotates the plan's source and writes the output, or goes on with it.
 
   Args:
@@ -148,7 +145,7 @@ def run(job: Job, plan: Plan, output: pathlib.Path, display: Display) -> None:
   settings: dict[str, Any] = {
     "config": job.config,
     "plan": dataclasses.asdict(plan),
-    "checkpoint": _fingerprint(job.checkpoint),
+    "checkpoint": _fingerprint(paths.path(job.config["model"]["checkpoint"])),
     "rows": combined_seed(0, source.row_ids),
   }
   parts = parts_of(output)
@@ -160,14 +157,14 @@ def run(job: Job, plan: Plan, output: pathlib.Path, display: Display) -> None:
     with contextlib.ExitStack() as stack:
       asker = _Asker(job, plan, parts, display, stack)
       asker.check_captions()
-      stack.enter_context(checkpoint.lock(parts))
+      stack.enter_context(workdir.lock(parts))
       file = parts / "settings.json"
       if file.exists():
         _check_same(parts, json.loads(file.read_text()), settings)
-      write_aside(file, json.dumps(settings).encode())
+      paths.write(file, json.dumps(settings).encode())
       annotations.write(output, source, own, asker.columns(), settings)
   annotations.print_summary(output, display.console)
-  shutil.rmtree(parts, ignore_errors=True)
+  paths.remove(parts)
 
 
 class _Asker:
@@ -177,7 +174,7 @@ class _Asker:
     self,
     job: Job,
     plan: Plan,
-    parts: pathlib.Path,
+    parts: Any,
     display: Display,
     stack: contextlib.ExitStack,
   ):
@@ -303,7 +300,7 @@ class _Asker:
     ) as advance:
       for i, found in zip(todo, answered, strict=True):
         records = self._captions_of(found) if not scored else self._rates(found)
-        write_aside(files[i], json.dumps(records).encode())
+        paths.write(files[i], json.dumps(records).encode())
         advance(len(batches[i]))
     return {
       name: record
@@ -383,22 +380,28 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _check_same(
-  path: pathlib.Path, before: dict[str, Any] | None, after: dict[str, Any]
+  path: Any, before: dict[str, Any] | None, after: dict[str, Any]
 ) -> None:
   if before is None:
     raise ValueError(f"{path}: exists; choose another output.")
-  if changed := checkpoint.changes(before, after):
+  if changed := workdir.changes(before, after):
     raise ValueError(
       f"{path}: was made with other settings. Choose another output, or the "
       "old values of\n" + "\n".join(changed)
     )
 
 
-def _fingerprint(directory: pathlib.Path) -> str:
-  """Of a checkpoint: its files' names, sizes, and pieces all over them."""
+def _fingerprint(directory: Any) -> str:
+  """Of a checkpoint: its files' names, sizes, and pieces all over them.
+
+  Of one in a bucket its times in place of the pieces.
+  """
   digest = hashlib.sha256()
-  for file in sorted(directory.rglob("*")):
-    if not file.is_file():
+  for file in paths.files(directory):
+    if paths.remote(file):
+      found = file.stat()
+      said = f"{file.relative_to(directory)} {found.length} {found.mtime}\0"
+      digest.update(said.encode())
       continue
     size = file.stat().st_size
     digest.update(f"{file.relative_to(directory)} {size}\0".encode())

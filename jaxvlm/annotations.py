@@ -7,8 +7,6 @@ ones as they are, files by their absolute path, those made in memory as PNG.
 
 import io
 import json
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from jaxvlm import paths
 from jaxvlm.data.expressions import Expression
 from jaxvlm.data.loader import Source
 from jaxvlm.data.messages import turns
@@ -78,7 +77,7 @@ def own_columns(source: Source) -> pyarrow.Table:
 
 
 def write(
-  output: pathlib.Path,
+  output: Any,
   source: Source,
   own: pyarrow.Table,
   found: Mapping[str, pyarrow.Array],
@@ -101,7 +100,8 @@ def write(
     table = table.append_column(name, values)
   schema = table.schema.append(pyarrow.field(IMAGES, _PICTURES))
   schema = schema.with_metadata({_SETTINGS: json.dumps(settings)})
-  aside = output.with_name(f".{output.name}.partial")
+  home = paths.here() if paths.remote(output) else output.parent
+  aside = home / f".{output.name}.partial"
   try:
     with pyarrow.parquet.ParquetWriter(aside, schema) as writer:
       for start in range(0, len(table), _CHUNK):
@@ -114,27 +114,26 @@ def write(
           IMAGES, pyarrow.array(pictures, _PICTURES)
         )
         writer.write_table(chunk.cast(schema))
-    with open(aside, "rb") as file:
-      os.fsync(file.fileno())
-    os.replace(aside, output)
+    paths.put(aside, output)
   finally:
     aside.unlink(missing_ok=True)
 
 
-def read_settings(output: pathlib.Path) -> dict[str, Any] | None:
+def read_settings(output: Any) -> dict[str, Any] | None:
   """The settings that a file was written with; None: `write` did not."""
   try:
-    metadata = pyarrow.parquet.read_schema(output).metadata or {}
+    metadata = pyarrow.parquet.read_schema(paths.local(output)).metadata or {}
   except pyarrow.ArrowException:
     return None
   return json.loads(metadata[_SETTINGS]) if _SETTINGS in metadata else None
 
 
-def print_summary(output: pathlib.Path, console: Console) -> None:
+def print_summary(output: Any, console: Console) -> None:
   """Prints how often each view was answered, and what the paper's rule keeps."""
-  names = pyarrow.parquet.read_schema(output).names
+  file = paths.local(output)
+  names = pyarrow.parquet.read_schema(file).names
   columns = [name for name in names if name in _NUMBERS]
-  table = pyarrow.parquet.read_table(output, columns=columns)
+  table = pyarrow.parquet.read_table(file, columns=columns)
   console.print(_view_table(table))
   if {RATE, f"{RATE}_caption"} <= set(columns):
     rule = _perception_rule(names)
@@ -247,7 +246,7 @@ def _stored(picture: Picture) -> dict[str, Any]:
   if isinstance(picture, bytes):
     return {"bytes": picture, "path": None}
   if isinstance(picture, str):
-    return {"bytes": None, "path": str(pathlib.Path(picture).absolute())}
+    return {"bytes": None, "path": str(paths.path(picture))}
   file = io.BytesIO()
   PIL.Image.fromarray(picture).save(file, "PNG")
   return {"bytes": file.getvalue(), "path": None}

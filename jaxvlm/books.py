@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import pathlib
+import io
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvlm import account, checkpoint, compiling, curves, models, results
+from jaxvlm import (
+  account,
+  checkpoint,
+  compiling,
+  curves,
+  hosts,
+  models,
+  paths,
+  results,
+)
 from jaxvlm.display import Display
 from jaxvlm.evaluate import Evaluator, HeldOut
 from jaxvlm.job import Job
@@ -27,6 +36,10 @@ class Stopped(RuntimeError):
   """The run cannot go on, for a limit or a file; what it saved is whole."""
 
 
+class Interrupted(RuntimeError):
+  """The run was asked to stop; says how it goes on."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class Progress:
   """Where a run is; stands in every checkpoint."""
@@ -39,6 +52,7 @@ class Progress:
   failed_groups: int = 0  # in the stage
   seconds: float = 0.0  # of all processes, up to this checkpoint
   ledgers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+  owed: bool = False  # an evaluation that the run was stopped before
 
   def next_stage(self) -> None:
     self.stage, self.step, self.best = self.stage + 1, 0, None
@@ -62,6 +76,9 @@ class Books:
     self._clock = time.monotonic()
     self._evaluator: Evaluator | None = None
     self._score: float | None = None
+    self._saved = -1  # global step of the last checkpoint
+    # What an evaluation that is interrupted leaves to be saved.
+    self._held: tuple[TrainState, Progress, dict[str, Any]] | None = None
     self._warned: set[str] = set()
 
   def __enter__(self) -> "Books":
@@ -84,6 +101,7 @@ class Books:
       progress, position, state = Progress(), {}, None
     else:
       state, position = saved.state, saved.loader
+      self._saved = saved.step
       progress = Progress(**saved.progress)
     log = self._job.config["log"]
     with _files_read():
@@ -167,7 +185,14 @@ class Books:
   def save(
     self, state: TrainState, progress: Progress, position: dict[str, Any]
   ) -> None:
-    """Writes a checkpoint, in the background."""
+    """Writes a checkpoint, in the background.
+
+    Where a run that was stopped at the end of a stage goes on, the one that it
+    goes on from does for that of the hand-off too.
+    """
+    if progress.global_step == self._saved:
+      return
+    self._saved, self._held = progress.global_step, None
     progress.seconds = time.monotonic() - self._clock
     self._checkpoints.save(
       progress.global_step,
@@ -178,10 +203,40 @@ class Books:
     )
     self._score = None
 
+  def heed(
+    self, state: TrainState, progress: Progress, position: dict[str, Any]
+  ) -> None:
+    """Ends the run where it was asked to stop, all of it saved.
+
+    Raises:
+      Interrupted: it was.
+    """
+    self._held = state, progress, position
+    if hosts.asked_to_stop():
+      raise self._interrupted()
+
+  def _interrupted(self) -> Interrupted:
+    """What to raise when a step is done, or within an evaluation."""
+    if self._held is not None:
+      self.save(*self._held)
+      self._checkpoints.wait()
+    if self._saved < 0:
+      return Interrupted(
+        "Stopped by SIGTERM before the first step; the same command begins anew."
+      )
+    return Interrupted(
+      f"Stopped by SIGTERM after {self._saved} steps, which are saved; the "
+      "same command goes on."
+    )
+
   def evaluate(
     self, name: str, params: Params, progress: Progress, stage: Stage | None
   ) -> None:
-    """Scores the policy on held-out data; keeps a stage's best weights."""
+    """Scores the policy on held-out data; keeps a stage's best weights.
+
+    Raises:
+      Interrupted: the run was asked to stop meanwhile.
+    """
     if not self._job.held_out:
       return
     if self._evaluator is None:
@@ -190,7 +245,14 @@ class Books:
     with self._display.task(
       "evaluate", total=self._evaluator.batches()
     ) as advance:
-      metrics = self._evaluator.run(params, lambda: advance(1))
+
+      def answered() -> None:
+        advance(1)
+        if hosts.asked_to_stop():
+          raise self._interrupted()
+
+      metrics = self._evaluator.run(params, answered)
+    progress.owed = False
     self._logger.evaluation(
       stage=name,
       global_step=progress.global_step,
@@ -239,7 +301,9 @@ class Books:
         "--config.limits.blind_every=0 goes on without this check."
       )
     if progress.skipped_updates > limits["skipped_updates"]:
-      file = self._job.workdir / f"not_finite_{progress.global_step}.npz"
+      step, host = progress.global_step, jax.process_index()
+      of = f"_host{host}" if jax.process_count() > 1 else ""
+      file = self._job.workdir / f"not_finite_{step}{of}.npz"
       _dump(file, batch)
       raise Stopped(
         f"stage {stage.name}: {progress.skipped_updates} updates had a "
@@ -306,9 +370,14 @@ class Books:
     )
 
 
-def export_of(workdir: pathlib.Path) -> pathlib.Path:
-  """The trained model; once it is there, its run is finished."""
+def export_of(workdir: Any) -> Any:
+  """The trained model; with the last of its files the run is finished."""
   return workdir / "hf"
+
+
+def finished(workdir: Any) -> bool:
+  """Whether the run of a workdir has come to its end."""
+  return (export_of(workdir) / "config.json").exists()
 
 
 @contextlib.contextmanager
@@ -339,7 +408,7 @@ def _samples(job: Job, batch: Batch, count: int) -> list[Sample]:
   ]
 
 
-def _dump(file: pathlib.Path, batch: Batch) -> None:
+def _dump(file: Any, batch: Batch) -> None:
   """Writes this host's completions with all that is known of them."""
   arrays = vars(batch.rollout) | {
     "question_id": np.array([q.question_id for q in batch.questions]),
@@ -349,4 +418,6 @@ def _dump(file: pathlib.Path, batch: Batch) -> None:
     "ref_logprobs": batch.ref_logprobs,
   }
   known = {name: x for name, x in arrays.items() if x is not None}
-  np.savez_compressed(file, **known)
+  content = io.BytesIO()
+  np.savez_compressed(content, **known)
+  paths.write(file, content.getvalue())

@@ -1,4 +1,4 @@
-"""Checkpoints that survive kills, full disks and bit rot; and their workdir.
+"""Checkpoints that survive kills, full disks and bit rot.
 
 Each is written aside and renamed when it is whole (Orbax), so what a kill
 leaves half-written is never taken for a checkpoint.
@@ -7,13 +7,11 @@ leaves half-written is never taken for a checkpoint.
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
 import math
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +22,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
+
+from jaxvlm import hosts, paths
 
 _CHUNK_BYTES = 64 * 2**20
 _ITEMS = ("state", "loader", "progress")
@@ -49,9 +49,7 @@ class Restored(NamedTuple):
 class Checkpointer:
   """Saves the state of a run as it goes on, keeping the last and the best."""
 
-  def __init__(
-    self, directory: str | os.PathLike[str], *, keep_last: int, keep_best: int
-  ):
+  def __init__(self, directory: paths.Path, *, keep_last: int, keep_best: int):
     """Opens a directory, and makes it where it is missing.
 
     Args:
@@ -68,7 +66,7 @@ class Checkpointer:
         "the last one is kept."
       )
     _hush()
-    self._directory = pathlib.Path(directory).resolve()
+    self._directory = _place(directory)
     self._scores: dict[int, float | None] = {}
     self._broken = False
     self._step = -1  # that is being written
@@ -141,12 +139,10 @@ class Checkpointer:
     unreadable: list[int] = []
     reasons = []
     for step in sorted(self._manager.all_steps(), reverse=True):
-      try:
-        self._verify(step)
-      except ValueError as error:
-        _log.warning("The checkpoint of step %d is unreadable: %s", step, error)
+      if why := self._damage(step):
+        _log.warning("The checkpoint of step %d is unreadable: %s", step, why)
         unreadable.append(step)
-        reasons.append(f"step {step}: {error}")
+        reasons.append(f"step {step}: {why}")
         continue
       found = self._read(step, like)
       if unreadable:
@@ -204,12 +200,14 @@ class Checkpointer:
   def _seal(self) -> None:
     """Writes down, just before the rename, what the checkpoint consists of."""
     if jax.process_index() == 0:
-      (aside,) = self._directory.glob(f"{self._step}.*tmp*")
+      # In a bucket nothing is renamed; a last file makes it a checkpoint.
+      aside = self._directory / str(self._step)
+      if not paths.remote(aside):
+        (aside,) = self._directory.glob(f"{self._step}.*tmp*")
       files = [
         str(path.relative_to(aside))
         for item in _ITEMS
-        for path in sorted((aside / item).rglob("*"))
-        if path.is_file()
+        for path in paths.files(aside / item)
       ]
       seal = {"score": self._score, "files": _digests(aside, files)}
       (aside / "seal.json").write_text(json.dumps(seal, indent=1))
@@ -221,11 +219,25 @@ class Checkpointer:
     except (OSError, ValueError) as error:
       raise ValueError(f"{path.name} is missing or damaged") from error
 
+  def _damage(self, step: int) -> str:
+    """What is wrong with a checkpoint, of which each host reads a share; "": nothing."""
+    why = ""
+    try:
+      self._verify(step)
+    except ValueError as error:
+      why = str(error)
+    if not hosts.any_of(bool(why)):
+      return ""
+    return why or "another host says why"
+
   def _verify(self, step: int) -> None:
-    files = self._read_seal(step)["files"]
+    """Raises ValueError for a file of this host's share that is not as sealed."""
+    sealed = self._read_seal(step)["files"]
+    share = list(sealed)[jax.process_index() :: jax.process_count()]
+    files = {name: sealed[name] for name in share}
     home = self._directory / str(step)
     for name in files:
-      if not (home / name).is_file():
+      if not (home / name).exists():
         raise ValueError(f"{name} is missing")
     found = _digests(home, list(files))
     for name, digest in files.items():
@@ -238,7 +250,7 @@ class Checkpointer:
       home.mkdir(exist_ok=True)
       for step in steps:
         taken = len(list(home.glob(f"{step}*")))
-        (self._directory / str(step)).rename(home / f"{step}.{taken}")
+        paths.move(self._directory / str(step), home / f"{step}.{taken}")
     ocp.multihost.sync_global_processes("jaxvlm:unreadable")
     self._manager.reload()
 
@@ -283,7 +295,7 @@ class _LastAndBest(checkpoint_managers.PreservationPolicy):
     return [step in best or step in steps[-self.last :] for step in steps]
 
 
-def save_params(path: str | os.PathLike[str], params: Any) -> None:
+def save_params(path: paths.Path, params: Any) -> None:
   """Writes one pytree of arrays, in place of what was there.
 
   It is written aside and renamed: what is found at `path` is whole.
@@ -303,7 +315,7 @@ def save_params(path: str | os.PathLike[str], params: Any) -> None:
         save_args=_chunked(params),
         ocdbt_target_data_file_size=_CHUNK_BYTES,  # kept until it is full
       )
-      checkpointer.save(pathlib.Path(path).resolve(), args, force=True)
+      checkpointer.save(_place(path), args, force=True)
   except _FAILURES as error:
     raise OSError(
       f"{path}: cannot be written ({_why_unwritten(error)}). Make room, then run "
@@ -311,7 +323,7 @@ def save_params(path: str | os.PathLike[str], params: Any) -> None:
     ) from error
 
 
-def load_params(path: str | os.PathLike[str], like: Any) -> Any:
+def load_params(path: paths.Path, like: Any) -> Any:
   """Reads what `save_params` wrote.
 
   Args:
@@ -322,19 +334,19 @@ def load_params(path: str | os.PathLike[str], like: Any) -> Any:
   Raises:
     ValueError: it is missing or cannot be read as `like`.
   """
-  path = pathlib.Path(path).resolve()
-  if not path.is_dir():
-    raise ValueError(f"{path}: no such saved parameters.")
+  place = _place(path)
+  if not place.is_dir():
+    raise ValueError(f"{place}: no such saved parameters.")
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(path, _abstract(like))
+      return checkpointer.restore(place, _abstract(like))
   except Exception as error:  # Orbax raises Exception itself
     raise ValueError(
-      f"{path}: cannot be read ({_first_line(error)})."
+      f"{place}: cannot be read ({_first_line(error)})."
     ) from error
 
 
-def open_params(path: str | os.PathLike[str]) -> dict[str, Any]:
+def open_params(path: paths.Path) -> dict[str, Any]:
   """The arrays of a saved tree, by nested keys, unread.
 
   Args:
@@ -348,15 +360,15 @@ def open_params(path: str | os.PathLike[str]) -> dict[str, Any]:
   Raises:
     ValueError: there are no such parameters.
   """
-  path, prefix = pathlib.Path(path).resolve(), ""
-  if (path / "state").is_dir():  # a run's
-    path, prefix = path / "state", "params."
-  if not (path / "manifest.ocdbt").is_file():
+  place, prefix = _place(path), ""
+  if (place / "state").is_dir():  # a run's
+    place, prefix = place / "state", "params."
+  if not (place / "manifest.ocdbt").exists():
     raise ValueError(
-      f"{path}: no such saved parameters. Expected what convert_hf.py to-orbax "
+      f"{place}: no such saved parameters. Expected what convert_hf.py to-orbax "
       "wrote, or a step of a run's checkpoints."
     )
-  store = {"driver": "ocdbt", "base": path.as_uri() + "/"}
+  store = {"driver": "ocdbt", "base": place.as_uri() + "/"}
   names = tensorstore.KvStore.open(store).result().list().result()
   arrays: dict[tuple[str, ...], Any] = {}
   for name in sorted(name.decode() for name in names):
@@ -368,102 +380,11 @@ def open_params(path: str | os.PathLike[str]) -> dict[str, Any]:
   return traverse_util.unflatten_dict(arrays)
 
 
-@contextlib.contextmanager
-def lock(workdir: str | os.PathLike[str]) -> Iterator[None]:
-  """Keeps a workdir for this run; a killed run's lock is free at once.
-
-  A workdir that was made here and got nothing is taken away again.
-
-  Raises:
-    ValueError: another process has it, or it cannot be made or written.
-  """
-  if jax.process_index() > 0:  # the run's first process holds it for all
-    yield
-    return
-  path = pathlib.Path(workdir)
-  made = not path.exists()
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    opened = open(path / "lock", "a+")  # noqa: SIM115
-  except OSError as error:
-    raise ValueError(
-      f"{path}: cannot be made a workdir ({error.strerror}); choose another."
-    ) from error
-  with opened as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      file.seek(0)
-      raise ValueError(
-        f"{path}: process {file.read().strip() or '?'} is running there. "
-        "Wait for it or end it, or use another workdir."
-      ) from None
-    file.truncate(0)
-    file.write(str(os.getpid()))
-    file.flush()
-    try:
-      yield
-    finally:
-      left = [one.name for one in path.iterdir()] if path.is_dir() else []
-      if made and left == ["lock"]:
-        (path / "lock").unlink()
-        path.rmdir()
-
-
-def check_config(
-  workdir: str | os.PathLike[str], config: dict[str, Any]
-) -> None:
-  """Compares a config with the one that `write_config` wrote, if it did.
-
-  Raises:
-    ValueError: the config differs from that the workdir was made with; lists
-      the fields, old -> new.
-  """
-  path = pathlib.Path(workdir) / "config.json"
-  if not path.exists():
-    return
-  changed = changes(json.loads(path.read_text()), config)
-  if changed:
-    raise ValueError(
-      f"{path.parent}: was made with another config. Use another workdir, or "
-      "the old values of\n" + "\n".join(changed)
-    )
-
-
-def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-  """A line for each field in which two configs differ, "  field: old -> new"."""
-  old, new = _flat(before), _flat(json.loads(json.dumps(after)))
-  return [
-    f"  {field}: {old.get(field, 'absent')} -> {new.get(field, 'absent')}"
-    for field in sorted(old.keys() | new.keys())
-    if old.get(field) != new.get(field)
-  ]
-
-
-def write_config(
-  workdir: str | os.PathLike[str], config: dict[str, Any]
-) -> None:
-  """Makes a workdir that of this config, once all of it is found right."""
-  path = pathlib.Path(workdir) / "config.json"
-  aside = path.with_suffix(".tmp")
-  aside.write_text(json.dumps(config, indent=2) + "\n")
-  aside.rename(path)
-
-
 def print_unraisable(ignored: Any) -> None:
   """A sys.unraisablehook without the noise of tensorstore's threads."""
   # Of each write that fails after the first, they say this.
   if str(ignored.exc_value) != "Event loop is closed":
     sys.__unraisablehook__(ignored)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-  if not isinstance(value, dict) or not value:
-    return {prefix: json.dumps(value)}
-  fields: dict[str, str] = {}
-  for key, inner in value.items():
-    fields |= _flat(inner, f"{prefix}.{key}" if prefix else key)
-  return fields
 
 
 def _hush() -> None:
@@ -481,8 +402,15 @@ def _not_of_a_lost_task(record: logging.LogRecord) -> bool:
   return "exception was never retrieved" not in record.getMessage()
 
 
-def _digests(home: pathlib.Path, names: list[str]) -> dict[str, str]:
+def _place(path: paths.Path) -> Any:
+  place = paths.path(path)
+  return place if paths.remote(place) else place.resolve()
+
+
+def _digests(home: Any, names: list[str]) -> dict[str, str]:
   def digest(name: str) -> str:
+    if paths.remote(home):  # which checks what it gives itself
+      return str((home / name).stat().length)
     with open(home / name, "rb") as file:
       return hashlib.file_digest(file, "blake2b").hexdigest()
 
@@ -515,6 +443,6 @@ def _abstract(like: Any) -> Any:
   return jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
 
 
-def _whole(directory: pathlib.Path) -> list[int]:
+def _whole(directory: Any) -> list[int]:
   names = [path.name for path in directory.iterdir()]
   return sorted(int(name) for name in names if name.isdigit())

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from rich import box, table
 from rich.console import Console
 
-from jaxvlm import forest, paired
+from jaxvlm import forest, paired, paths
 from jaxvlm.equality import LEDGER, Account, differences, read_account
 from jaxvlm.forest import OVERALL
-from jaxvlm.metrics import Path, write_aside
+from jaxvlm.paths import Path
 
 EFFECT = 1.5  # points, what the paper gains by its stages
 _MEAN = re.compile(r"(?P<capability>[^/]+)/(?P<kind>mean@\d+)")
@@ -347,10 +347,10 @@ def write(directory: Path, found: Mapping[str, Any]) -> None:
   """Writes comparison.json, comparison.md and comparison.png."""
   here = pathlib.Path(directory)
   text = json.dumps(_finite(found), indent=2, allow_nan=False) + "\n"
-  write_aside(here / "comparison.json", text.encode())
-  write_aside(here / "comparison.md", to_markdown(found).encode())
+  paths.write(here / "comparison.json", text.encode())
+  paths.write(here / "comparison.md", to_markdown(found).encode())
   if found["start"]:
-    write_aside(here / "comparison.png", forest.draw(found))
+    paths.write(here / "comparison.png", forest.draw(found))
 
 
 def _finite(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """curves.png: reward, held-out accuracy and length over a run's steps."""
 
 import io
-import pathlib
 import re
 from typing import Any
 
@@ -12,7 +11,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from jaxvlm.metrics import Path, Record, read_records, write_aside
+from jaxvlm import paths
+from jaxvlm.metrics import Record, read_records
+from jaxvlm.paths import Path
 
 # Okabe and Ito's colours, told apart with any colour vision.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -56,7 +57,7 @@ def draw_curves(workdir: Path) -> None:
   evaluation; completion length in training, and held out as marks. Stages
   stand in bands of their own. A run without records leaves no picture.
   """
-  records = read_records(pathlib.Path(workdir) / "metrics.jsonl")
+  records = read_records(paths.path(workdir) / "metrics.jsonl")
   if not records:
     return
   evaluations = [r for r in records if r["kind"] == "eval"]
@@ -80,7 +81,7 @@ def draw_curves(workdir: Path) -> None:
     _explain(figure, evaluations)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=130)
-  write_aside(pathlib.Path(workdir) / "curves.png", png.getvalue())
+  paths.write(paths.path(workdir) / "curves.png", png.getvalue())
 
 
 def _spans(records: list[Record]) -> dict[str, tuple[int, int]]:

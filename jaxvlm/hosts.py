@@ -25,7 +25,6 @@ _FAILED = "jaxvlm/failed"  # which process did, and why
 _HEARD = "jaxvlm/heard"  # the processes that know
 _LISTEN = 0.5  # seconds between two looks
 _LINGER = 5.0  # that a process that failed waits for the others to hear
-_LEAVE = 60  # that one that has ended waits for the others to end
 
 _numbers = itertools.count()
 _seconds = 600.0  # see `limit`
@@ -70,7 +69,6 @@ def join(
       *given,
       local_device_ids=_gpus(),
       cluster_detection_method="deactivate" if by_hand else None,
-      shutdown_timeout_seconds=_LEAVE,
     )
   except (RuntimeError, ValueError) as error:
     raise ValueError(

@@ -5,7 +5,6 @@ import functools
 import inspect
 import math
 import pathlib
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,15 @@ from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from jaxvlm import checkpoint, models, rewards, scratch, sharding
+from jaxvlm import (
+  checkpoint,
+  hosts,
+  models,
+  paths,
+  rewards,
+  scratch,
+  sharding,
+)
 from jaxvlm.data import loader
 from jaxvlm.data.loader import Loader, Source
 from jaxvlm.data.processor import Processor
@@ -52,7 +59,7 @@ _LEAST = {
   "evaluation.temperature": 0,
   "evaluation.top_k": 0,
 }
-_POSITIVE = ("rewards.timeout", "evaluation.top_p")
+_POSITIVE = ("rewards.timeout", "evaluation.top_p", "limits.host_wait")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +76,8 @@ class Job:
   """A run, ready to start."""
 
   config: Mapping[str, Any]  # plain; unpacked here but for a few numbers
-  workdir: pathlib.Path
-  checkpoint: pathlib.Path  # HF directory that the run starts from
+  workdir: Any  # of paths.path
+  checkpoint: pathlib.Path  # HF directory that the run starts from, here
   schedule: tuple[Stage, ...]
   mesh: Mesh
   network: Network
@@ -163,6 +170,8 @@ class Job:
     """
     like = self.abstract_params()
     saved = self.checkpoint / models.ORBAX
+    if saved.is_dir() and paths.remote(self.config["model"]["checkpoint"]):
+      saved = paths.path(self.config["model"]["checkpoint"]) / models.ORBAX
     count = sum(leaf.size for leaf in jax.tree.leaves(like))
     with display.task("load the checkpoint", total=count) as advance:
       if saved.is_dir():
@@ -179,9 +188,7 @@ class Job:
     )
 
 
-def prepare(
-  config: Mapping[str, Any], workdir: pathlib.Path, display: Display
-) -> Job:
+def prepare(config: Mapping[str, Any], workdir: Any, display: Display) -> Job:
   """Reads and checks everything before any compute is spent.
 
   Raises:
@@ -204,6 +211,12 @@ def prepare(
     attention=attention,
   )
   display.print(f"Attention on {sharding.backend()}: {attention}.")
+  found = sharding.whole(mesh, network.shapes(), network.axes())
+  for axis, sizes in found.items():
+    display.print(
+      f"Mesh: {', '.join(map(str, sizes))} of {axis!r} do not divide among "
+      f"{sharding.RULES[axis]!r}; each device holds them whole."
+    )
   models.check_tensors(network, directory)
   inputs = dict(config["inputs"])
   longest = inputs.pop("max_prompt_length")
@@ -386,27 +399,27 @@ def _check_evaluation(
 
 
 def _checkpoint(
-  model: Mapping[str, Any], seed: int, workdir: pathlib.Path, display: Display
+  model: Mapping[str, Any], seed: int, workdir: Any, display: Display
 ) -> pathlib.Path:
-  """The HF directory to start from; made first where the config says so."""
+  """The HF directory to start from; made first where the config says so.
+
+  One in a bucket is copied here, but for what Orbax reads there itself.
+  """
   for field in ("dtype", "param_dtype"):
     if model[field] not in ("float32", "bfloat16"):
       raise ValueError(
         f"model.{field}: got {model[field]!r}; expected float32 or bfloat16."
       )
-  if model["remat"] not in models.REMAT:
-    raise ValueError(
-      f"model.remat: got {model['remat']!r}; expected one of {', '.join(models.REMAT)}."
-    )
+  models.check_remat(model["remat"])
   if model["checkpoint"]:
-    given = pathlib.Path(model["checkpoint"]).expanduser()
+    given = paths.path(model["checkpoint"])
     if not given.is_dir():
       raise ValueError(
         f"model.checkpoint: got {model['checkpoint']!r}; no such directory. "
         "Nothing is downloaded here: `hf download Qwen/Qwen3-VL-8B-Instruct "
         "--local-dir DIR` makes a directory to give."
       )
-    return given
+    return paths.local(given, leave=(models.ORBAX,))
   if not model["scratch"]:
     raise ValueError(
       "model.checkpoint: got ''; expected a Hugging Face directory of a "
@@ -416,7 +429,7 @@ def _checkpoint(
   # Before the run's config was found right, another may have made this.
   made = directory.exists() and (workdir / "config.json").exists()
   if not made and jax.process_index() == 0:
-    shutil.rmtree(directory, ignore_errors=True)
+    paths.remove(directory)
     made_with = model["scratch"]
     with display.task(
       "make a checkpoint", total=made_with["tower_steps"]
@@ -424,7 +437,8 @@ def _checkpoint(
       scratch.make_checkpoint(
         directory, seed=seed, progress=advance, **made_with
       )
-  return directory
+  hosts.wait()  # for the first, which makes it
+  return paths.local(directory)
 
 
 @dataclasses.dataclass

@@ -14,15 +14,29 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jaxvlm import books, checkpoint, compiling, job, train
+from jaxvlm import (
+  books,
+  checkpoint,
+  compiling,
+  hosts,
+  job,
+  paths,
+  train,
+  workdir,
+)
 from jaxvlm.display import Display, make_console
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", lock_config=True, help_string="A file of configs/, and its size."
 )
-DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Join the other hosts of a pod or cluster first."
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator_address",
+  None,
+  "HOST:PORT of process 0. Like the next two not needed on TPU pods, under "
+  "Slurm and in Kubernetes.",
 )
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the run; 1: alone")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which this is, from 0.")
 _NO_CONFIG = "jaxvlm: no --config; give one, as --config=configs/staged.py."
 
 
@@ -31,42 +45,46 @@ def main(argv: list[str]) -> None:
     sys.exit(f"jaxvlm: unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
   sys.unraisablehook = checkpoint.print_unraisable
-  if DISTRIBUTED.value:
-    jax.distributed.initialize()
   config = CONFIG.value.to_dict()
-  with contextlib.ExitStack() as stack:
+  join("jaxvlm")
+  with hosts.together(), contextlib.ExitStack() as stack:
     display = stack.enter_context(Display(make_console()))
     try:
+      hosts.limit(config["limits"]["host_wait"])
       # Where a run lies is no part of it: a workdir may be moved.
-      workdir = _local(config.pop("workdir"))
+      place = paths.path(config.pop("workdir"))
       compiling.keep(config.pop("compilation_cache"))
-      if jax.process_index() == 0:
-        stack.enter_context(checkpoint.lock(workdir))
-        checkpoint.check_config(workdir, config)
-      if books.export_of(workdir).exists():
-        display.print(f"This run is finished; its results are in {workdir}.")
+      stack.enter_context(workdir.lock(place))
+      workdir.check_hosts(config)
+      changed = workdir.check_config(place, config)
+      if changed:
+        display.print("Another mesh, so not bit for bit from here on:")
+        display.print("\n".join(changed))
+      if hosts.any_of(books.finished(place)):
+        display.print(f"This run is finished; its results are in {place}.")
         return
-      prepared = job.prepare(config, workdir, display)
-      if jax.process_index() == 0 and not (workdir / "config.json").exists():
-        checkpoint.write_config(workdir, config)
+      prepared = job.prepare(config, place, display)
+      if jax.process_index() == 0 and not (place / "config.json").exists():
+        workdir.write_config(place, config)
     except (OSError, ValueError) as error:
       sys.exit(f"jaxvlm: {error}")
     try:
-      train.run(prepared, display)
+      with hosts.heeding():
+        train.run(prepared, display)
+    except books.Interrupted as interrupted:
+      display.print(str(interrupted))
     except (OSError, books.Stopped) as error:
       full = getattr(error, "errno", None) == errno.ENOSPC
-      remedy = f" Make room in {workdir}, then run the same command again."
+      remedy = f" Make room in {place}, then run the same command again."
       sys.exit(f"jaxvlm: stopped: {error}" + (remedy if full else ""))
 
 
-def _local(workdir: str) -> pathlib.Path:
-  """The directory of a run; an address of elsewhere is refused."""
-  if "://" in workdir:
-    raise ValueError(
-      f"workdir: got {workdir!r}; expected a local directory, or one that is "
-      "mounted. Copy the run elsewhere when it is done."
-    )
-  return pathlib.Path(workdir).expanduser().absolute()
+def join(name: str) -> None:
+  """Finds the other processes of this run, where there are any."""
+  try:
+    hosts.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  except ValueError as error:
+    sys.exit(f"{name}: {error}")
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -30,9 +30,12 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from jaxvlm import paths
+from jaxvlm.paths import Path
+
 Metrics = dict[str, tuple[float, float]]  # name -> (sum, count)
 Record = dict[str, Any]  # one line of a .jsonl file
-Path = str | os.PathLike[str]
+_SEND_SECONDS = 30.0  # between copies of a growing file to a bucket
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
@@ -116,7 +119,7 @@ class Logger:
     primary: bool,
     show: Callable[[Record], None],
   ) -> None:
-    self._workdir = pathlib.Path(workdir)
+    self._workdir = paths.path(workdir)
     self._primary = primary
     self._show = show
     self._events: _Events | None = None
@@ -232,22 +235,8 @@ def read_records(file: Path, *, kind: str | None = None) -> list[Record]:
   Raises:
     ValueError: another line is not JSON; names file and line.
   """
-  records = [record for _, record in _lines(pathlib.Path(file))]
+  records = [record for _, record in _lines(paths.path(file))]
   return [r for r in records if kind is None or r["kind"] == kind]
-
-
-def write_aside(file: Path, content: bytes) -> None:
-  """Replaces a file in one step: a reader sees the old or the new one."""
-  file = pathlib.Path(file)
-  aside = file.with_name(f".{file.name}.{os.getpid()}")
-  try:
-    with open(aside, "wb") as stream:
-      stream.write(content)
-      stream.flush()
-      os.fsync(stream.fileno())
-    os.replace(aside, file)
-  finally:
-    aside.unlink(missing_ok=True)
 
 
 def _lines(file: pathlib.Path) -> Iterator[tuple[bytes, Record]]:
@@ -270,15 +259,12 @@ def _cut(file: pathlib.Path, step: int) -> None:
   kept = [line for line, r in _lines(file) if r["global_step"] <= step]
   content = b"".join(line + b"\n" for line in kept)
   if content != file.read_bytes():
-    write_aside(file, content)
+    paths.write(file, content)
 
 
 def _append(file: pathlib.Path, record: Record) -> None:
   line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
-  # Opened for each record: a full disk raises here and leaves nothing
-  # buffered that would raise once more at close.
-  with open(file, "ab") as stream:
-    stream.write(line.encode("utf-8", errors="replace"))
+  paths.append(file, line.encode("utf-8", errors="replace"))
 
 
 def _plain(value: float) -> float | None:
@@ -300,7 +286,7 @@ def _store_picture(
   elif isinstance(picture, bytes):
     encoded = picture
   else:
-    encoded = pathlib.Path(picture).read_bytes()
+    encoded = paths.path(picture).read_bytes()
   name = f"samples/{hashlib.sha256(encoded).hexdigest()[:16]}.png"
   if not (workdir / name).exists():
     (workdir / "samples").mkdir(exist_ok=True)
@@ -310,22 +296,26 @@ def _store_picture(
       image = Image.open(io.BytesIO(encoded)).convert("RGB")
     png = io.BytesIO()
     image.save(png, format="PNG")
-    write_aside(workdir / name, png.getvalue())
+    paths.write(workdir / name, png.getvalue())
   return name
 
 
 class _Events:
-  """TensorBoard events, written at once.
+  """TensorBoard events, written at once; to a bucket every half a minute.
 
   tensorboardX's SummaryWriter hands events to a thread, which loses the last
   of them at a kill and blocks its caller for good when the disk is full.
   """
 
   def __init__(self, directory: pathlib.Path, resume_step: int) -> None:
-    directory.mkdir(exist_ok=True)
+    self._directory, self._sent = directory, time.monotonic()
+    if paths.remote(directory):
+      self._directory = paths.here()
+    self._directory.mkdir(exist_ok=True)
     # The name holds the second; two starts within it must not collide.
     suffix = f".{os.getpid()}.{secrets.token_hex(4)}"
-    self._writer = EventsWriter(str(directory / "events"), suffix)
+    self._place = directory
+    self._writer = EventsWriter(str(self._directory / "events"), suffix)
     # TensorBoard drops what earlier files hold from this step on.
     start = SessionLog(status=SessionLog.START)
     self._write(Event(step=resume_step + 1, session_log=start))
@@ -339,11 +329,20 @@ class _Events:
 
   def close(self) -> None:
     self._writer.close()
+    self._send()
 
   def _write(self, event: Event) -> None:
     event.wall_time = time.time()
     self._writer.write_event(event)
     self._writer.flush()
+    if time.monotonic() - self._sent > _SEND_SECONDS:
+      self._send()
+
+  def _send(self) -> None:
+    self._sent = time.monotonic()
+    if self._place != self._directory:
+      for file in self._directory.iterdir():
+        paths.write(self._place / file.name, file.read_bytes())
 
 
 def _start_wandb(project: str, workdir: pathlib.Path) -> Any:
@@ -354,12 +353,14 @@ def _start_wandb(project: str, workdir: pathlib.Path) -> Any:
       f"wandb_project={project!r}, but wandb is not installed. "
       "Run `pip install wandb`, or leave wandb_project out."
     ) from error
+  # Its own files stay on this machine where the workdir is in a bucket.
+  home = paths.here() if paths.remote(workdir) else workdir
   # A resumed run goes on under the id it had.
   file = workdir / "wandb_id"
   if not file.exists():
-    write_aside(file, secrets.token_hex(8).encode())
+    paths.write(file, secrets.token_hex(8).encode())
   run = wandb.init(
-    project=project, id=file.read_text(), dir=str(workdir), resume="allow"
+    project=project, id=file.read_text(), dir=str(home), resume="allow"
   )
   run.define_metric("*", step_metric="global_step")
   return run

@@ -5,7 +5,6 @@ Everything is read back from metrics.jsonl, so a resumed run shows the whole.
 
 import importlib.metadata
 import json
-import pathlib
 import platform
 import re
 from collections.abc import Mapping
@@ -16,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxvlm.metrics import Path, Record, read_records, write_aside
+from jaxvlm import paths
+from jaxvlm.metrics import Record, read_records
+from jaxvlm.paths import Path
 
 _MEAN = re.compile(r"(?P<capability>[^/]+)/mean@\d+")
 _TASK = re.compile(r"(?P<capability>[^/]+)/task/(?P<task>.+)/majority")
@@ -36,7 +37,7 @@ _LABEL_WIDTH, _STAGE_WIDTH = 34, 13  # columns of the table of tasks
 
 def stage_ends(workdir: Path) -> list[Record]:
   """The last evaluation of each stage, in the order of the stages."""
-  file = pathlib.Path(workdir) / "metrics.jsonl"
+  file = paths.path(workdir) / "metrics.jsonl"
   ends: dict[str, Record] = {}
   for record in read_records(file, kind="eval"):
     ends.pop(record["stage"], None)
@@ -61,9 +62,9 @@ def print_results(
     tasks = _task_table(ends, console.width)
     if tasks.row_count:
       console.print(tasks)
-  here = pathlib.Path(workdir)
-  paths = {word: here / name for word, name in _ARTEFACTS.items()}
-  found = {word: path for word, path in paths.items() if path.exists()}
+  here = paths.path(workdir)
+  places = {word: here / name for word, name in _ARTEFACTS.items()}
+  found = {word: path for word, path in places.items() if path.exists()}
   for word, path in (found | dict(artefacts)).items():
     console.print(f"{word:<24}{path}", soft_wrap=True, markup=False)
 
@@ -98,7 +99,7 @@ def write_summary(
     "versions": versions(),
   }
   text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-  write_aside(pathlib.Path(workdir) / "summary.json", text.encode())
+  paths.write(paths.path(workdir) / "summary.json", text.encode())
 
 
 def versions() -> dict[str, str]:

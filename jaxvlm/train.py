@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from jaxvlm import compiling, watch
+from jaxvlm import compiling, hosts, watch
 from jaxvlm.batch import Batch, join
-from jaxvlm.books import Books
+from jaxvlm.books import Books, Interrupted, Stopped
 from jaxvlm.display import Display
 from jaxvlm.job import Job
 from jaxvlm.learner import TrainState
@@ -33,12 +33,16 @@ def run(job: Job, display: Display) -> None:
 
   Raises:
     Stopped: a limit of the config was reached, or a file cannot be read.
+    Interrupted: the run got a SIGTERM; the step at hand was done and saved.
     OSError: a file cannot be written, as on a full disk.
   """
   sampler, timers = job.make_sampler(), Timers()
   every = job.config["checkpoint"]["every"]
   evaluate_every = job.config["evaluation"]["every"]
-  with Books(job, display, sampler) as books:
+  with (
+    Books(job, display, sampler) as books,
+    hosts.ending(OSError, Stopped, spared=(Interrupted,)),
+  ):
     state, progress, position = books.restore()
     if state is None:
       params = books.base()
@@ -56,6 +60,8 @@ def run(job: Job, display: Display) -> None:
       reference = books.reference(stage, state.params, progress)
       ledger = Ledger(**progress.ledgers.get(stage.name, {}))
       waiting = None  # groups that were more than a step needs
+      if progress.owed:
+        books.evaluate(stage.name, state.params, progress, stage)
       with (
         contextlib.nullcontext()
         if stage.kind == "sft"
@@ -113,9 +119,13 @@ def run(job: Job, display: Display) -> None:
           averages = means(metrics)
           books.step(stage, progress, batch, averages, timing)
           books.check_limits(stage, progress, averages, chosen)
-          if progress.step == stage.steps:
+          at_end = progress.step == stage.steps
+          due = evaluate_every and progress.step % evaluate_every == 0
+          progress.owed = bool(job.held_out and due and not at_end)
+          books.heed(state, progress, loader.get_state())
+          if at_end:
             break  # the end of a stage is written down below
-          if evaluate_every and progress.step % evaluate_every == 0:
+          if due:
             books.evaluate(stage.name, state.params, progress, stage)
           if progress.step % every == 0:
             waiting = None  # in no checkpoint: a resumed run has none either

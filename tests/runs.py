@@ -148,7 +148,7 @@ def make_row(random, i):
   }
 
 
-def write_checkpoint(directory):
+def write_checkpoint(directory, heads=4, layers=2):
   """A random model of 0.3 M weights with a byte tokenizer, by transformers."""
   byte_level = tokenizers.pre_tokenizers.ByteLevel
   alphabet = sorted(byte_level.alphabet())
@@ -185,14 +185,14 @@ def write_checkpoint(directory):
       text_config={
         "vocab_size": 272,
         "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
         "num_key_value_heads": 2,
         "intermediate_size": 128,
         "rope_parameters": {
           "rope_type": "default",
           "rope_theta": 1e4,
-          "mrope_section": [2, 3, 3],
+          "mrope_section": {4: [2, 3, 3], 8: [1, 1, 2]}[heads],
         },
         "bos_token_id": None,
         "eos_token_id": ids["<|im_end|>"],

@@ -16,14 +16,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxvlm.checkpoint import (
-  Checkpointer,
-  check_config,
-  load_params,
-  lock,
-  save_params,
-  write_config,
-)
+from jaxvlm.checkpoint import Checkpointer, load_params, save_params
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -371,62 +364,3 @@ def test_missing_and_other_params_are_refused(tmp_path):
     load_params(tmp_path / "params", {"x": jnp.ones(4)})
   with pytest.raises(ValueError, match="cannot be read"):
     load_params(tmp_path / "params", {"y": jnp.ones(3)})
-
-
-LOCKS = """
-  import sys, time
-  from jaxvlm.checkpoint import lock
-
-  with lock(sys.argv[1]):
-    print("locked", flush=True)
-    time.sleep(600)
-"""
-
-
-def test_a_second_process_on_a_workdir_is_refused_until_the_first_dies(
-  tmp_path,
-):
-  with run(LOCKS, tmp_path, wait=False) as process:
-    assert process.stdout.readline() == "locked\n"
-    with (
-      pytest.raises(ValueError, match=f"process {process.pid} is running"),
-      lock(tmp_path),
-    ):
-      raise AssertionError("locked twice")
-    process.kill()
-  for _ in range(2):
-    with lock(tmp_path):
-      assert (tmp_path / "lock").read_text() == str(os.getpid())
-
-
-def test_a_workdir_is_taken_away_if_it_was_made_for_nothing(tmp_path):
-  for name, mine in (("made", False), ("used", True)):
-    with lock(tmp_path / name):
-      if mine:
-        (tmp_path / name / "config.json").write_text("{}")
-  (tmp_path / "there").mkdir()
-  with lock(tmp_path / "there"):
-    pass
-  assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "used"]
-
-
-def test_an_unchanged_config_passes(tmp_path):
-  config = {"seed": 0, "schedule": ("a", "b"), "stages": {"a": {"lr": 1e-3}}}
-  check_config(tmp_path, config)
-  write_config(tmp_path, config)
-  check_config(tmp_path, config)
-
-
-def test_a_changed_config_is_refused_with_the_difference(tmp_path):
-  before = {"seed": 0, "gone": 1, "stages": {"a": {"lr": 0.1, "steps": 5}}}
-  after = {"seed": 0, "stages": {"a": {"lr": 0.2, "steps": 5, "new": [1]}}}
-  write_config(tmp_path, before)
-  with pytest.raises(ValueError, match="another config") as caught:
-    check_config(tmp_path, after)
-  lines = str(caught.value).splitlines()[1:]
-  assert lines == [
-    "  gone: 1 -> absent",
-    "  stages.a.lr: 0.1 -> 0.2",
-    "  stages.a.new: absent -> [1]",
-  ]
-  check_config(tmp_path, before)

@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from jaxvlm import checkpoint
+from jaxvlm import workdir
 from tests.runs import launch_fixture, project_fixture  # noqa: F401
 
 DATA = "stages.perceive.data.rows.path"
@@ -47,8 +47,8 @@ def refused(launch, tmp_path):
     ),
     (["--config="], "no --config; give one, as --config=configs/staged.py."),
     (
-      ["workdir=gs://mine/run"],
-      "workdir: got 'gs://mine/run'; expected a local",
+      ["workdir=s3://mine/run"],
+      "s3://mine/run: expected a path of this machine, or gs://BUCKET/...",
     ),
     (["workdir=/proc/run"], "/proc/run: cannot be made a workdir (No such"),
     (["--foo=1"], "Unknown command line flag 'foo'"),
@@ -141,7 +141,7 @@ def refused(launch, tmp_path):
     (["model.dtype=float"], "model.dtype: got 'float'; expected float32 or"),
     (
       ["model.remat=half"],
-      "model.remat: got 'half'; expected one of none, dots, full.",
+      "model.remat: got 'half'; expected one of none, dots, offload, full.",
     ),
     (
       ["model.attention=flash"],
@@ -244,7 +244,7 @@ def test_a_users_reward_that_cannot_be_imported_is_told(refused, tmp_path):
 
 
 def test_a_workdir_belongs_to_one_process(launch, tmp_path):
-  with checkpoint.lock(tmp_path):
+  with workdir.lock(tmp_path):
     status, _, err = launch(f"workdir={tmp_path}").wait()
   assert status == 1
   assert "is running there. Wait for it or end it" in err

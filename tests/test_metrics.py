@@ -20,7 +20,6 @@ from jaxvlm.metrics import (
   add,
   means,
   read_records,
-  write_aside,
 )
 
 
@@ -249,20 +248,6 @@ def test_pictures_with_equal_bytes_and_other_shapes_differ(tmp_path):
   )
   [record] = read_records(tmp_path / "samples.jsonl")
   assert len(set(record["images"])) == 2
-
-
-def test_a_file_written_aside_is_whole_or_the_old_one(tmp_path, monkeypatch):
-  file = tmp_path / "summary.json"
-  write_aside(file, b"old")
-
-  def full(descriptor):
-    raise OSError(28, "No space left on device")
-
-  monkeypatch.setattr("os.fsync", full)
-  with pytest.raises(OSError, match="No space"):
-    write_aside(file, b"new")
-  assert file.read_bytes() == b"old"
-  assert list(tmp_path.iterdir()) == [file]
 
 
 def read_events(directory):

@@ -1,10 +1,12 @@
 """train.py: killed at any moment, a run ends as it would have undisturbed."""
 
 import json
+import os
 import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -172,6 +174,24 @@ def test_killed_in_a_save_and_at_a_border_with_bit_rot_it_ends_identical(
   assert "The checkpoint of step 7 is unreadable" in err
   assert "Going on from the checkpoint of step 6" in err
   assert "Resumed after 6 steps." in out
+  assert_same_run(tmp_path, undisturbed)
+
+
+def test_sigterm_saves_and_the_same_command_ends_bit_identical(
+  launch, undisturbed, tmp_path
+):
+  """At any moment of a step, or of the evaluation before it."""
+  run = launch(f"workdir={tmp_path}")
+  run.until(reached(tmp_path, "perceive", 2))
+  time.sleep(random.uniform(0.0, 0.3))
+  os.kill(run.pid, signal.SIGTERM)
+  status, out, err = run.wait()
+  assert (status, err) == (0, "")
+  stopped = re.search(r"Stopped by SIGTERM after (\d+) steps", out)
+  assert last_checkpoint(tmp_path).name == stopped[1]
+  assert not (tmp_path / "hf").exists()
+  out, _ = finish(launch, tmp_path)
+  assert f"Resumed after {stopped[1]} steps." in out
   assert_same_run(tmp_path, undisturbed)
 
 

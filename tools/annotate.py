@@ -17,13 +17,11 @@ joined to the rows as `annotations`. A killed command goes on where it was.
 
 import contextlib
 import os
-import pathlib
 import sys
 
 if __name__ == "__main__":
   sys.path[0] = os.getcwd()  # as python -m has it: configs import each other
 
-import jax
 from absl import app, flags, logging
 
 from jaxvlm import (
@@ -31,8 +29,10 @@ from jaxvlm import (
   annotations,
   checkpoint,
   compiling,
+  hosts,
   job,
   main,
+  paths,
 )
 from jaxvlm.display import Display, make_console
 
@@ -59,16 +59,17 @@ def run(argv: list[str]) -> None:
     sys.exit(f"annotate: unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
   sys.unraisablehook = checkpoint.print_unraisable
-  if main.DISTRIBUTED.value:
-    jax.distributed.initialize()
+  main.join("annotate")
   config = main.CONFIG.value.to_dict()
   del config["workdir"]
   compiling.keep(config.pop("compilation_cache"))
-  output = pathlib.Path(_OUTPUT.value).expanduser().absolute()
-  with contextlib.ExitStack() as stack:
+  output = paths.path(_OUTPUT.value)
+  with hosts.together(), contextlib.ExitStack() as stack:
     display = stack.enter_context(Display(make_console()))
     try:
-      if output.suffix != ".parquet" or not output.parent.is_dir():
+      if output.suffix != ".parquet" or not (
+        paths.remote(output) or output.parent.is_dir()
+      ):
         raise ValueError(
           f"output: got {output}; expected a .parquet file in a directory that "
           "exists."

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import pyarrow
 
+from jaxvlm import paths
 from jaxvlm.data.lazy import LazyRows
 from jaxvlm.data.messages import MARKER, read_messages, split_answered
 from jaxvlm.data.options import find_letter, with_options
@@ -69,7 +70,7 @@ class Rows(Protocol):
   """What `jaxvlm.data.tables.Table` is, for rows kept otherwise."""
 
   @property
-  def file(self) -> pathlib.Path: ...
+  def file(self) -> Any: ...
   def __len__(self) -> int: ...
   def name(self, i: int) -> str: ...
   def keys(self) -> list[str]: ...
@@ -197,7 +198,10 @@ class _Examples(LazyRows):
 
   def _example(self, row: dict[str, Any], table: Rows, name: str) -> Example:
     form = self._form
-    root = pathlib.Path(self._image_dir or table.file.parent)
+    root = table.file.parent
+    if self._image_dir:
+      given = self._image_dir
+      root = paths.path(given) if paths.remote(given) else pathlib.Path(given)
     problem = look_up(row, form.problem)
     pictures = look_up(row, form.images)
     if pictures is None:
@@ -293,7 +297,7 @@ def _text(value: Any, name: str) -> str:
   return str(value).strip()
 
 
-def _pictures(value: Any, root: pathlib.Path, name: str) -> tuple[Picture, ...]:
+def _pictures(value: Any, root: Any, name: str) -> tuple[Picture, ...]:
   if value is None or value == "":
     return ()
   if isinstance(value, str | bytes | dict):
@@ -303,7 +307,7 @@ def _pictures(value: Any, root: pathlib.Path, name: str) -> tuple[Picture, ...]:
   return tuple(_picture(item, root, name) for item in value)
 
 
-def _picture(item: Any, root: pathlib.Path, name: str) -> Picture:
+def _picture(item: Any, root: Any, name: str) -> Picture:
   if isinstance(item, dict) and "base64" in item:
     return _of_base64(item["base64"], name)
   if isinstance(item, dict):
@@ -315,6 +319,8 @@ def _picture(item: Any, root: pathlib.Path, name: str) -> Picture:
       f"{name}: a picture is {item!r}; expected a path, bytes, base64 text or "
       "{bytes, path}."
     )
+  if paths.remote(item):
+    return item
   scheme = _SCHEME.match(item)
   if scheme and scheme[1].lower() != "file":
     raise ValueError(
@@ -324,10 +330,17 @@ def _picture(item: Any, root: pathlib.Path, name: str) -> Picture:
   item = item[scheme.end() :] if scheme else item
   if item.startswith("data:image/"):
     item = item.partition(",")[2]
-  elif len(item) < _LONGEST_PATH and (root / item).is_file():
+  elif _there(root, item):
     return str(root / item)
   decoded = _from_base64(item)
   return str(root / item) if decoded is None else decoded
+
+
+def _there(root: Any, item: str) -> bool:
+  """Whether it is a file; in a bucket, of each picture, that is not asked."""
+  if len(item) >= _LONGEST_PATH or paths.remote(root):
+    return False
+  return (root / item).is_file()
 
 
 def _of_base64(text: Any, name: str) -> bytes:

@@ -18,6 +18,7 @@ import PIL.Image
 import PIL.ImageOps
 from jaxtyping import Float, Int, UInt8
 
+from jaxvlm import paths
 from jaxvlm.types import Picture
 
 MAX_ASPECT = 200  # smart_resize of HF refuses longer strips
@@ -149,6 +150,8 @@ def read_json(file: pathlib.Path) -> Any:
 
 
 def _open(picture: Picture) -> PIL.Image.Image:
+  if isinstance(picture, str) and paths.remote(picture):
+    return _open(paths.path(picture).read_bytes())
   if isinstance(picture, np.ndarray):
     if picture.dtype != np.uint8 or picture.shape[2:] != (3,):
       raise ValueError(

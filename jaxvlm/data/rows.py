@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -13,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 from jaxtyping import Float, Int
 
+from jaxvlm import paths
 from jaxvlm.data.expressions import Expression
 from jaxvlm.data.lazy import LazyRows
 from jaxvlm.data.options import read_choices
@@ -83,7 +83,7 @@ def read_annotations(path: str) -> dict[str, dict[str, Any]]:
     ValueError: it cannot be read, a row has no row_id, or one id has two
       different rows.
   """
-  file = pathlib.Path(path).expanduser()
+  file = paths.path(path)
   found: dict[str, dict[str, Any]] = {}
   for i, row in enumerate(_read_rows(file)):
     one = row.pop(ROW_ID, None)
@@ -97,15 +97,16 @@ def read_annotations(path: str) -> dict[str, dict[str, Any]]:
   return found
 
 
-def _read_rows(file: pathlib.Path) -> list[dict[str, Any]]:
+def _read_rows(file: Any) -> list[dict[str, Any]]:
   if file.suffix not in (".parquet", ".jsonl"):
     raise ValueError(f"{file}: annotations are a .parquet or .jsonl file.")
   try:
     if file.suffix == ".parquet":
-      schema = pyarrow.parquet.read_schema(file)
+      here = paths.local(file)
+      schema = pyarrow.parquet.read_schema(here)
       # Not the pictures, where the file has them.
       names = [f.name for f in schema if not pyarrow.types.is_nested(f.type)]
-      return pyarrow.parquet.read_table(file, columns=names).to_pylist()
+      return pyarrow.parquet.read_table(here, columns=names).to_pylist()
     lines = file.read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line.strip()]
   except (OSError, ValueError, pyarrow.ArrowException) as error:

@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from jaxvlm import paths
+
 SUFFIXES = (".parquet", ".jsonl", ".json", ".arrow")
 # What datasets takes for the name of a split, in names of files and folders.
 _SPLITS = {
@@ -27,7 +29,7 @@ _MOST_SHOWN = 8
 class Table:
   """The rows of one file; parquet and Arrow stay encoded, Arrow on disk."""
 
-  def __init__(self, file: pathlib.Path):
+  def __init__(self, file: Any):
     """Opens it.
 
     Raises:
@@ -37,9 +39,10 @@ class Table:
     self._columns: pyarrow.Table | list[dict[str, Any]]
     try:
       if file.suffix == ".parquet":
-        self._columns = pyarrow.parquet.read_table(file)
+        self._columns = pyarrow.parquet.read_table(paths.local(file))
       elif file.suffix == ".arrow":
-        with pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))) as stream:
+        mapped = pyarrow.memory_map(str(paths.local(file)))
+        with pyarrow.ipc.open_stream(mapped) as stream:
           self._columns = stream.read_all()
       else:
         self._columns = _read_json(file)
@@ -131,7 +134,7 @@ def open_tables(path: str | Sequence[str]) -> list[Table]:
   return [Table(file) for one in patterns for file in _find(one)]
 
 
-def _find(path: str) -> list[pathlib.Path]:
+def _find(path: str) -> list[Any]:
   if not path:
     raise ValueError("files: path is empty; name at least one file.")
   found, split = _matches(path), ""
@@ -142,8 +145,8 @@ def _find(path: str) -> list[pathlib.Path]:
     raise ValueError(
       f"files: no such file {path!r} (from {pathlib.Path.cwd()})."
     )
-  files: list[pathlib.Path] = []
-  loose: list[tuple[pathlib.Path, str]] = []  # and where its own name begins
+  files: list[Any] = []
+  loose: list[tuple[Any, str]] = []  # and where its own name begins
   for one in found:
     saved = _saved_by_datasets(one, split)
     if saved is not None:
@@ -159,10 +162,11 @@ def _find(path: str) -> list[pathlib.Path]:
   return files + [file for file, _ in loose]
 
 
-def _below(directory: pathlib.Path) -> list[pathlib.Path]:
+def _below(directory: Any) -> list[Any]:
   """The rows' files of a directory; others of it may describe them."""
+  there = list(paths.files(directory))
   for suffix in SUFFIXES:
-    if found := sorted(directory.rglob(f"*{suffix}")):
+    if found := sorted(file for file in there if file.suffix == suffix):
       return found
   raise ValueError(
     f"{directory}: expected a .parquet, .json or .jsonl file in the directory, "
@@ -170,7 +174,13 @@ def _below(directory: pathlib.Path) -> list[pathlib.Path]:
   )
 
 
-def _matches(path: str) -> list[pathlib.Path]:
+def _matches(path: str) -> list[Any]:
+  if paths.remote(path):
+    there = paths.path(path)
+    if there.exists():
+      return [there]
+    bucket, _, pattern = path.removeprefix("gs://").partition("/")
+    return sorted(paths.path(f"gs://{bucket}").glob(pattern))
   pattern = str(pathlib.Path(path).expanduser())
   if pathlib.Path(pattern).exists():
     return [pathlib.Path(pattern).resolve()]
@@ -179,8 +189,8 @@ def _matches(path: str) -> list[pathlib.Path]:
 
 
 def _of_split(
-  path: str, split: str, files: Sequence[tuple[pathlib.Path, str]]
-) -> list[pathlib.Path]:
+  path: str, split: str, files: Sequence[tuple[Any, str]]
+) -> list[Any]:
   """Of loose files those of the split, which a name says; none says: train."""
   if not files:
     return []
@@ -217,16 +227,14 @@ def _says(name: str, words: Sequence[str]) -> bool:
   return bool(re.search(rf"(?<![^\W\d_])({any_of})(?![^\W\d_])", name, re.I))
 
 
-def _saved_by_datasets(
-  directory: pathlib.Path, split: str
-) -> list[pathlib.Path] | None:
+def _saved_by_datasets(directory: Any, split: str) -> list[Any] | None:
   """The files of a save_to_disk, in order; None: it is none.
 
   Raises:
     ValueError: it has splits and none of them is named, or another is.
   """
   splits = directory / "dataset_dict.json"
-  if splits.is_file():
+  if splits.exists():
     names = json.loads(splits.read_text())["splits"]
     if split not in names:
       raise ValueError(
@@ -235,7 +243,7 @@ def _saved_by_datasets(
       )
     directory, split = directory / split, ""
   state = directory / "state.json"
-  if not state.is_file():
+  if not state.exists():
     return None
   saved = json.loads(state.read_text())
   if split and split != (saved.get("_split") or "train"):
@@ -251,7 +259,7 @@ def _saved_by_datasets(
   return [directory / one["filename"] for one in saved["_data_files"]]
 
 
-def _read_json(file: pathlib.Path) -> list[dict[str, Any]]:
+def _read_json(file: Any) -> list[dict[str, Any]]:
   text = file.read_text(encoding="utf-8")
   whole = text.lstrip().startswith("[")
   rows: list[Any] = []

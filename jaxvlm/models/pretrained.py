@@ -12,7 +12,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxvlm import sharding
+from jaxvlm import paths, sharding
 from jaxvlm.models.network import Network, find_family
 from jaxvlm.nn import hf
 from jaxvlm.nn.hf import Weight
@@ -158,13 +158,17 @@ def save_hf(
     ValueError: the destination holds something else than a model.
     OSError: a file cannot be written, as on a full disk.
   """
-  destination = pathlib.Path(destination)
-  if destination.exists() and not (destination / "config.json").is_file():
+  place = paths.path(destination)
+  if place.exists() and not (place / "config.json").exists():
     raise ValueError(
-      f"{destination}: exists and is no model directory; remove it or choose "
+      f"{place}: exists and is no model directory; remove it or choose "
       "another place."
     )
-  aside = destination.with_name(f".{destination.name}.partial")
+  # Of a bucket no directory is renamed: there config.json, the last file,
+  # says that all are there.
+  aside = place
+  if not paths.remote(place):
+    aside = place.with_name(f".{place.name}.partial")
   writer = jax.process_index() == 0
   leaves = traverse_util.flatten_dict(params)
 
@@ -176,9 +180,8 @@ def save_hf(
 
   try:
     if writer:
-      shutil.rmtree(aside, ignore_errors=True)
+      paths.remove(aside)
       aside.mkdir(parents=True)
-      copy_companions(network, source_dir, aside)
     hf.write(
       weights(network),
       aside if writer else None,
@@ -188,9 +191,11 @@ def save_hf(
       progress=progress,
     )
     if writer:
-      _replace_directory(aside, destination)
+      copy_companions(network, source_dir, aside)
+      if aside != place:
+        _replace_directory(aside, place)
   finally:
-    if writer:
+    if writer and aside != place:
       shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -282,10 +287,10 @@ def copy_companions(
   destination: str | pathlib.Path,
 ) -> None:
   """Copies all but weights; config.json says how the weights now are."""
-  source, destination = pathlib.Path(source), pathlib.Path(destination)
+  source, place = pathlib.Path(source), paths.path(destination)
   for file in sorted(source.iterdir()):
     if file.name.endswith(COMPANIONS) and file.name != hf.INDEX:
-      shutil.copyfile(file, destination / file.name)
+      (place / file.name).write_bytes(file.read_bytes())
   raw = _read_config(source)
   raw["tie_word_embeddings"] = network.config.tie_word_embeddings
   for part in (raw, raw.get("text_config", {}), raw.get("vision_config", {})):
@@ -294,4 +299,4 @@ def copy_companions(
         part.pop(key, None)
         part["dtype"] = network.param_dtype
   text = json.dumps(raw, indent=2, sort_keys=True)
-  (destination / "config.json").write_text(f"{text}\n")
+  (place / "config.json").write_text(f"{text}\n")

@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 import numpy as np
 import safetensors
 
+from jaxvlm import paths
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
@@ -320,7 +322,7 @@ def check_tensors(
 
 def write(
   weights: Iterable[Weight],
-  directory: pathlib.Path | None,
+  directory: Any,
   *,
   dtype: str,
   rename: Callable[[str], str],
@@ -407,16 +409,17 @@ def _end(header: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def _create(path: pathlib.Path, header: dict[str, Any]) -> Iterator[Any]:
+def _create(path: Any, header: dict[str, Any]) -> Iterator[Any]:
   """A safetensors file, written up to its first tensor."""
   text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
   text += b" " * (-len(text) % 8)
   try:
-    with open(path, "wb") as file:
+    with path.open("wb") as file:
       file.write(len(text).to_bytes(8, "little") + text)
       yield file
-      file.flush()
-      os.fsync(file.fileno())
+      if not paths.remote(path):
+        file.flush()
+        os.fsync(file.fileno())
   except OSError as error:
     raise OSError(
       error.errno, f"{path}: cannot be written ({error.strerror})."

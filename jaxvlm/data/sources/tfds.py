@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxvlm import paths
 from jaxvlm.data.forms import read_examples
 from jaxvlm.data.messages import decode_messages
 from jaxvlm.data.tables import look_up
@@ -73,6 +74,12 @@ class _Set:
     except ImportError as error:
       raise ValueError(f"tfds: {error}; pip install 'jaxvlm[tfds]'.") from error
     self._tfds = tfds
+    for given in (name, data_dir):
+      if paths.remote(given):
+        raise ValueError(
+          f"tfds: got {given!r}; ArrayRecord files are read where they lie, so "
+          "copy the set to this machine or mount the bucket."
+        )
     directory = pathlib.Path(name).expanduser()
     try:
       if (directory / "features.json").is_file():
