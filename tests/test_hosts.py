@@ -146,10 +146,10 @@ def distance(a, b):
 
 @pytest.fixture(scope="session")
 def stopped(tmp_path_factory, begin):
-  """The workdir of two processes, one of which got a SIGTERM in the first step,
+  """The workdir of two processes, one of which got a SIGTERM in the last step,
   and the ends of both: status, stdout, stderr."""
   workdir = tmp_path_factory.mktemp("stopped") / "run"
-  processes = begin("hosts", workdir, MISHAP="1 0 stop")
+  processes = begin("hosts", workdir, MISHAP="1 1 stop")
   ends = [process.wait() for process in processes]
   return workdir, ends
 
@@ -233,10 +233,10 @@ def test_a_sigterm_on_one_host_ends_the_step_of_all(stopped):
   for status, out, err in ends:
     assert status == 0, err
     assert (
-      "Stopped by SIGTERM after 1 steps, which are saved; the same command "
+      "Stopped by SIGTERM after 2 steps, which are saved; the same command "
       "goes on."
     ) in out
-  assert (workdir / "checkpoints" / "1").exists()
+  assert (workdir / "checkpoints" / "2").exists()
   assert not (workdir / "hf").exists()
 
 

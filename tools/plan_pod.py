@@ -128,7 +128,11 @@ def _tries(
     for path, value in overrides.items():
       owner, field = path.split(".")
       changed[owner][field] = value
-    yield overrides, _run(changed, devices)
+    try:
+      run = _run(changed, devices)
+    except ValueError:
+      continue  # sizes that do not divide, or a host's chips do not hold
+    yield overrides, run
 
 
 # -- what is shown -------------------------------------------------------------
