@@ -24,6 +24,9 @@ from jaxvlm.rewards import load
 
 def main(descriptor: int) -> None:
   """Serves one scorer until it closes the connection or dies."""
+  # A machine that goes down sends it to all processes, and the trainer, which
+  # has a step to end and to save, closes the connection when it is done.
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
   connection = Connection(descriptor)
   try:
     names, timeout = connection.recv()

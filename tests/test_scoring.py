@@ -242,6 +242,14 @@ def test_a_worker_that_dies_between_steps_is_replaced(file):
     assert (scores.parts[name] != pid).all()
 
 
+def test_a_worker_outlives_the_signal_that_ends_a_run(file):
+  name = f"{file}:pid"
+  with Scorer(rewards=((name, 1.0),), num_workers=1, timeout=20.0) as scorer:
+    (pid,) = scorer.score([["a"]], rows(1)).parts[name].ravel()
+    os.kill(int(pid), signal.SIGTERM)
+    assert scorer.score([["a"]], rows(1)).parts[name] == pid
+
+
 def test_workers_hold_neither_jax_nor_pictures(file):
   picture = np.zeros((4, 4, 3), np.uint8)
   row = Example(problem="<image>?", answer="3", images=(picture,))
