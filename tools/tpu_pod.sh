@@ -122,7 +122,7 @@ obtain() {
 }
 
 lost_for_good() {
-  say "$name is $told, and was not made here. With another TPU, the same command" \
+  say "$name is ${told:-gone}, and was not made here. With another TPU, the same command" \
     "takes the run up from its last checkpoint."
   exit 75
 }
