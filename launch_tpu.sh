@@ -59,7 +59,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly root
 # What is known of the pod and the run; set by look and watch.
 pod='' told='' queue='' outcome='' code=0 failing='' follower='' tree='' rehearsed=''
-readonly patience=3 # looks, before a silence or an end is believed
+readonly patience=3 # looks, before an end is believed
+readonly silences=10 # looks without an answer, before that is believed
 
 # shellcheck source=tools/tpu_pod.sh
 source "$root/tools/tpu_pod.sh"
@@ -251,7 +252,7 @@ watch() {
     [[ $pod != lost && $pod != absent && $pod != failed ]] || break
     [[ $pod == ready ]] || continue # under repair
     if ! statuses=$(on_workers "$(worker status)" 2>/dev/null); then
-      ((++silent < patience)) && continue
+      ((++silent < silences)) && continue
       die "the workers of $name cannot be reached though it is $told. Their run" \
         "may go on; the same command follows it."
     fi

@@ -68,7 +68,7 @@ look() {
 look_surely() {
   local tries=0
   until look; do
-    ((++tries < patience)) ||
+    ((++tries < silences)) ||
       die "gcloud does not say how $name is. A run that is on goes on without" \
         "this; the same command follows it."
     sleep "$poll"
