@@ -64,6 +64,8 @@ def join(
       "expected all three, or none where they are found: on a TPU pod, under "
       "srun, in an indexed job of Kubernetes. --num_processes=1 runs alone."
     )
+  # It would take SIGTERM before a run heeds it, and never say so.
+  jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
       *given,

@@ -42,6 +42,17 @@ def path(name: Path) -> Any:
   return pathlib.Path(text).expanduser().absolute()
 
 
+def local_path(name: str) -> pathlib.Path:
+  """A path of this machine, for what reads and writes nowhere else.
+
+  Raises:
+    ValueError: an address.
+  """
+  if "://" in name:
+    raise ValueError(f"{name}: expected a path of this machine; copy it here.")
+  return pathlib.Path(name)
+
+
 def remote(name: Path) -> bool:
   """Whether a path is in a bucket."""
   return os.fspath(name).startswith("gs://")

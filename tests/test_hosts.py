@@ -329,6 +329,8 @@ def test_flags_go_before_what_is_found_and_one_process_is_alone(joined):
   told, options = joined(*given, **SRUN)
   assert told == given
   assert options["cluster_detection_method"] == "deactivate"
+  # Else jax takes the signal, and what loads its rows cannot be ended.
+  assert not jax.config.values["jax_enable_preemption_service"]
   assert joined(None, 1, None) is None
   with pytest.raises(ValueError, match="expected all three, or none where"):
     joined("10.0.0.1:1234", None, 1)

@@ -122,6 +122,9 @@ def test_rows_and_pictures_are_read_from_a_bucket(home):
 
 
 def test_what_has_to_lie_here_is_refused(home):
+  assert paths.local_path("model") == pathlib.Path("model")
+  with pytest.raises(ValueError, match="gs://mine: expected a path of this"):
+    paths.local_path("gs://mine")
   with pytest.raises(
     ValueError, match="tfds: got 'gs://mine/set'; ArrayRecord"
   ):

@@ -43,7 +43,7 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from configs import arms
-from jaxvlm import comparison
+from jaxvlm import comparison, paths
 from jaxvlm.display import Display, make_console
 from jaxvlm.metrics import read_records
 
@@ -273,7 +273,7 @@ def _execute(run: Run, advance: Callable[[int], object]) -> str | None:
   """Runs a command to its end; None, or why it failed."""
   run.log.parent.mkdir(parents=True, exist_ok=True)
   done = run.done()
-  paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+  places = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
   with contextlib.ExitStack() as stack:
     log = stack.enter_context(run.log.open("wb"))
     process = subprocess.Popen(
@@ -281,7 +281,7 @@ def _execute(run: Run, advance: Callable[[int], object]) -> str | None:
       stdin=subprocess.DEVNULL,
       stdout=log,
       stderr=subprocess.STDOUT,
-      env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+      env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
     )
     stack.callback(process.wait)
     stack.callback(process.terminate)  # where this is interrupted
@@ -353,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
   parser.add_argument("--seeds", type=int, default=3, help="0, 1, ... so many")
   parser.add_argument("--base", default="tiny", help="a size, or FILE.py")
   parser.add_argument(
-    "--workdir", type=pathlib.Path, default=pathlib.Path("runs/arms")
+    "--workdir", type=paths.local_path, default=pathlib.Path("runs/arms")
   )
   parser.add_argument(
     "--hold_schedule",

@@ -32,7 +32,7 @@ import numpy as np
 from flax import traverse_util
 from rich.table import Table
 
-from jaxvlm import checkpoint, models
+from jaxvlm import checkpoint, models, paths
 from jaxvlm.display import Display, make_console
 from jaxvlm.models import Network
 from jaxvlm.nn import hf
@@ -59,14 +59,16 @@ def main(arguments: list[str] | None = None) -> None:
     "to-hf": ("CKPT", "DST"),
   }.items():
     command = commands.add_parser(name)
-    command.add_argument("source", metavar=source, type=pathlib.Path)
-    command.add_argument("destination", metavar=destination, type=pathlib.Path)
+    command.add_argument("source", metavar=source, type=paths.local_path)
+    command.add_argument(
+      "destination", metavar=destination, type=paths.local_path
+    )
     command.add_argument(
       "--dtype", choices=DTYPES, help="of the weights; the source's by default"
     )
   check = commands.add_parser("check")
-  check.add_argument("first", metavar="A", type=pathlib.Path)
-  check.add_argument("second", metavar="B", type=pathlib.Path)
+  check.add_argument("first", metavar="A", type=paths.local_path)
+  check.add_argument("second", metavar="B", type=paths.local_path)
   given = parser.parse_args(arguments)
   try:
     if given.command == "check":

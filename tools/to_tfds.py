@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from jaxvlm import paths
 from jaxvlm.data.messages import encode_messages
 from jaxvlm.display import Display, make_console
 from jaxvlm.find import find
@@ -206,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("source", help="files, worlds, or file.py:function")
-  parser.add_argument("directory", type=pathlib.Path, help="DATA_DIR/NAME")
+  parser.add_argument("directory", type=paths.local_path, help="DATA_DIR/NAME")
   parser.add_argument("arguments", nargs="*", metavar="key=value")
   words = parser.parse_args(argv)
   try:
