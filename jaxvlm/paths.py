@@ -29,17 +29,23 @@ def path(name: Path) -> Any:
   text = os.fspath(name)
   if remote(text):
     try:
-      epath.Path(text).exists()  # asks for what is installed
-      return epath.Path(text)
+      _ask("/".join(text.split("/")[:3]))
     except ImportError as error:
       raise ValueError(
         f"{text}: {error}. `pip install 'jaxvlm[gcs]'` reads and writes buckets."
       ) from error
+    return epath.Path(text)
   if "://" in text:
     raise ValueError(
       f"{text}: expected a path of this machine, or gs://BUCKET/..."
     )
   return pathlib.Path(text).expanduser().absolute()
+
+
+@functools.cache
+def _ask(bucket: str) -> None:
+  """Raises ImportError where what reads buckets is not installed."""
+  epath.Path(bucket).exists()
 
 
 def local_path(name: str) -> pathlib.Path:

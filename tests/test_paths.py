@@ -41,7 +41,7 @@ def test_a_bucket_without_its_package_is_told(monkeypatch):
   with pytest.raises(
     ValueError, match=r"install gcsfs. `pip install 'jaxvlm\[g"
   ):
-    paths.path("gs://mine/run")
+    paths.path("gs://another/run")
 
 
 def test_a_file_written_aside_is_whole_or_the_old_one(tmp_path, monkeypatch):
