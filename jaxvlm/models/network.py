@@ -289,6 +289,19 @@ class Network:
     kept = {key: tree for key, tree in params.items() if key != "visual"}
     return {**kept, "language_model": {**decoder, "layers": layers}}
 
+  def decode_axes(self) -> Params:
+    """What `unstack` gives, with a tuple of logical axes at each leaf."""
+    axes = self.axes()
+    decoder = axes["language_model"]
+    layer = jax.tree.map(
+      lambda names: names[1:],
+      decoder["layers"],
+      is_leaf=lambda x: isinstance(x, tuple),
+    )
+    layers = dict.fromkeys(range(self._num_layers), layer)
+    kept = {key: tree for key, tree in axes.items() if key != "visual"}
+    return {**kept, "language_model": {**decoder, "layers": layers}}
+
   def decode(
     self,
     decode_params: Params,

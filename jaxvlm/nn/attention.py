@@ -13,6 +13,7 @@ from jaxvlm.nn import kv_cache, rope
 from jaxvlm.nn.block_attention import Attend, scale_product
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.nn.layers import Linear, RMSNorm
+from jaxvlm.sharding import constrain
 
 
 def attend_group(
@@ -25,9 +26,11 @@ def attend_group(
   """Attention of one new token of each completion: two products, one softmax.
 
   The prompt's keys, [Q P K H], are read once for all G completions of it; the
-  completions' own are [Q G C K H].
+  completions' own are [Q G C K H]. Heads are split as the caches' are, and all
+  on each device where those do not divide: else the caches would travel.
   """
   query = rearrange(query, "Q G (K R) H -> Q G K R H", K=prompt.keys.shape[2])
+  query = constrain(query, "question", None, "kv_heads", None, "head_dim")
   scores = jnp.concatenate(
     [
       scale_product("qgkrh,qpkh->qgkrp", query, prompt.keys),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxvlm import types
+from jaxvlm.sharding import constrain
 
 
 @types.record
@@ -31,6 +32,7 @@ def write(cache: KVCache, new: KVCache, column: Int[Array, ""]) -> KVCache:
 
   def put(buffer: jax.Array, x: jax.Array) -> jax.Array:
     x = jnp.expand_dims(x, 2).astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, x, column, axis=2)
+    found = jax.lax.dynamic_update_slice_in_dim(buffer, x, column, axis=2)
+    return constrain(found, "question", None, None, "kv_heads", "head_dim")
 
   return jax.tree.map(put, cache, new)

@@ -84,8 +84,10 @@ def devices(topology: str) -> list[Any]:
   """
   if topology == "local":
     return list(jax.devices())
-  # libtpu looks for a machine's metadata otherwise, and waits for it.
+  # libtpu looks for a machine's metadata otherwise, waits for it, and lets no
+  # other process load it, for a TPU has one owner.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
   except Exception as error:  # jaxlib's own, of several kinds

@@ -124,8 +124,7 @@ def calls(run: Run) -> Mapping[str, float]:
   patches = each * lengths.visual * run.layout.patches_per_token
   lane = max(lengths.most_visual * run.layout.patches_per_token, 1)
   return found | {
-    "gather weights": 1,
-    "cut weights": 1,
+    "decode weights": 1,
     "tower": max(-(-patches // (4 * lane)), 1),
     "prefill": 1,
     "decode": tokens,

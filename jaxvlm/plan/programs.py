@@ -252,20 +252,14 @@ def _rollout(
     patches=max(len(q.pixel_values) for q in asked),
     slots=run.slots,
   )
-  beside = dict(kept)
-  weights = params
-  if mesh.shape["fsdp"] > 1 or network.param_dtype != network.dtype:
-    weights = compile(
-      f"{prefix}gather weights",
-      sampler.gather,
-      network,
-      mesh,
-      params,
-      beside=beside,
-    )
-    beside["policy"] = params
+  beside, weights = dict(kept), params
   decode_weights = compile(
-    f"{prefix}cut weights", slots.unstack, network, weights, beside=beside
+    f"{prefix}decode weights",
+    slots.unstack,
+    network,
+    mesh,
+    params,
+    beside=beside,
   )
   beside["decode weights"] = decode_weights
   if longest := max(len(q.pixel_values) for q in asked):
@@ -316,8 +310,7 @@ def _rollout(
     )
 
   state = prefill("prefill", read, reads, at_once, beside)
-  if weights is not params:
-    beside["prefill weights"] = weights
+  beside["policy"] = params
   del beside["decode weights"]
   caches = compile(
     f"{prefix}empty caches",
@@ -345,7 +338,7 @@ def _rollout(
   if at_once < each:
     more, reads = _prompts(run, shown[:fresh], bucket)
     waits = {"slots": state, "caches": caches}
-    waits |= {k: x for k, x in beside.items() if k != "prefill weights"}
+    waits |= {k: x for k, x in beside.items() if k != "policy"}
     new = prefill("admit: prefill", more, reads, fresh, waits)
     compile(
       f"{prefix}admit",

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxvlm.sharding import constrain, data_shards, mesh_in_use
+
 # Finite, so that 0 * logit and logit - logit stay numbers.
 BANNED_LOGIT = -1e30
 
@@ -137,10 +139,12 @@ def _forward(
   chunks: jax.Array,
   banned: jax.Array,
 ) -> tuple[tuple[jax.Array, jax.Array], Any]:
+  head_at_hand = _gathered(head, hidden)
+
   def score(i: jax.Array, found: Any) -> Any:
     logits = token_logits(
       _columns(hidden, static.take(predictors, i)),
-      head,
+      head_at_hand,
       temperature=static.temperature,
       banned=banned,
     )
@@ -174,6 +178,8 @@ def _backward(
   """
   hidden, head, predictors, targets, chunks, banned, entropy, normaliser = kept
   temperature = static.temperature
+  head_at_hand = _gathered(head, hidden)
+  shards = _shards(hidden)
 
   def slope(i: jax.Array, totals: Any) -> Any:
     of_hidden, of_head = totals
@@ -183,7 +189,9 @@ def _backward(
     )
     columns = static.take(predictors, i)
     states = _columns(hidden, columns)
-    logits = token_logits(states, head, temperature=temperature, banned=banned)
+    logits = token_logits(
+      states, head_at_hand, temperature=temperature, banned=banned
+    )
     logprobs = logits - tops
     pull = of_logprob
     if static.learned:
@@ -194,15 +202,16 @@ def _backward(
     found = banned_logits(found, banned, 0.0) / temperature
     found = found.astype(hidden.dtype)
     of_head += jnp.einsum(
-      "nd,nv->dv",
-      states.reshape(-1, states.shape[-1]),
-      found.reshape(-1, found.shape[-1]),
+      "snd,snv->sdv",
+      states.reshape(shards, -1, states.shape[-1]),
+      found.reshape(shards, -1, found.shape[-1]),
       preferred_element_type=jnp.float32,
     )
+    of_head = constrain(of_head, "question", None, "vocab")
     pulled = jnp.einsum(
       "...v,dv->...d",
       found,
-      head.astype(hidden.dtype),
+      head_at_hand,
       preferred_element_type=jnp.float32,
     )
     return _add_columns(of_hidden, columns, pulled), of_head
@@ -211,8 +220,13 @@ def _backward(
     0,
     chunks,
     slope,
-    (jnp.zeros(hidden.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32)),
+    (
+      jnp.zeros(hidden.shape, jnp.float32),
+      # Each data shard sums its own; they are added once, at the end.
+      jnp.zeros((shards, *head.shape), jnp.float32),
+    ),
   )
+  of_head = constrain(of_head.sum(0), "embed", "vocab")
   return (
     *(of_hidden.astype(hidden.dtype), of_head.astype(head.dtype)),
     *(None, None, None, None),
@@ -220,6 +234,20 @@ def _backward(
 
 
 _scores.defvjp(_forward, _backward)
+
+
+def _gathered(
+  head: Float[Array, "D V"], hidden: Float[Array, "*B T D"]
+) -> Float[Array, "D V"]:
+  """The head as products with the hidden states read it, in every chunk."""
+  return constrain(head.astype(hidden.dtype), None, "vocab")
+
+
+def _shards(hidden: Float[Array, "*B T D"]) -> int:
+  """Equal parts of the rows that lie on data shards of their own."""
+  mesh = mesh_in_use()
+  shards = data_shards(mesh) if mesh is not None else 1
+  return shards if hidden.ndim > 2 and hidden.shape[0] % shards == 0 else 1
 
 
 def _columns(

@@ -1,7 +1,6 @@
 """The sampler: prompts once per question, and ended rows make room."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -94,16 +93,15 @@ class Sampler:
     return packed
 
   def weights(self, params: Params) -> Weights:
-    """The policy's weights as sampling reads them: cast, gathered over fsdp.
+    """The policy's weights as sampling reads them.
 
-    Where they already lie so (one fsdp shard, same dtype) those of prefill are
-    not copied.
+    Decoding reads a copy that is cast and gathered over fsdp; prefill and tower
+    read the policy's own, as the update does, which costs them a gather of each
+    layer for each row of prompts and saves a second copy.
     """
-    network, mesh = self.network, self.mesh
-    if mesh.shape["fsdp"] > 1 or network.param_dtype != network.dtype:
-      params = gather(network, mesh, params)
-    with sharding.use(mesh):
-      return Weights(prefill=params, decode=programs.unstack(network, params))
+    with sharding.use(self.mesh):
+      decode = programs.unstack(self.network, self.mesh, params)
+    return Weights(prefill=params, decode=decode)
 
   def sample(
     self,
@@ -148,18 +146,6 @@ class Sampler:
     questions = self.encoder(weights.prefill, questions)
     decoding = _Decoding(self, weights, questions, key, draws, limits)
     return decoding.finish
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def gather(network: Network, mesh: Mesh, params: Params) -> Params:
-  def place(x: Array, axes: tuple[str | None, ...]) -> Array:
-    local = tuple(
-      None if sharding.RULES.get(a or "") == "fsdp" else a for a in axes
-    )
-    placed = sharding.sharding(mesh, local, x.shape)
-    return jax.lax.with_sharding_constraint(x.astype(network.dtype), placed)
-
-  return jax.tree.map(place, params, network.axes())
 
 
 class _Decoding:

@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxvlm.models import Network
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.rl.logprobs import token_logits
 from jaxvlm.rollout.sampling import draw, draw_keys
-from jaxvlm.sharding import constrain, pin
+from jaxvlm.sharding import RULES, constrain, pin, sharding
 from jaxvlm.types import Features, Params, Prompts, record
 
 
@@ -62,10 +63,16 @@ class Slots:
   logprobs: Float[Array, "B W C"]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def unstack(network: Network, weights: Params) -> Params:
-  """Weights as `decode` reads them: each layer's cut out once."""
-  return network.unstack(weights)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def unstack(network: Network, mesh: Mesh, params: Params) -> Params:
+  """Weights as `decode` reads them: cut out of their stacks, cast, gathered."""
+
+  def place(x: Array, axes: tuple[str | None, ...]) -> Array:
+    local = tuple(None if RULES.get(a or "") == "fsdp" else a for a in axes)
+    placed = sharding(mesh, local, x.shape)
+    return jax.lax.with_sharding_constraint(x.astype(network.dtype), placed)
+
+  return jax.tree.map(place, network.unstack(params), network.decode_axes())
 
 
 @functools.partial(jax.jit, static_argnums=0)
