@@ -26,6 +26,7 @@ from jaxvlm.plan import chips, hlo, planning
 from jaxvlm.plan.batch import Lengths
 from jaxvlm.plan.chips import GIB
 from jaxvlm.plan.planning import Plan
+from jaxvlm.plan.programs import PARTS as PARTS_OF_A_RUN
 from jaxvlm.plan.programs import Compiled, Run
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -41,6 +42,9 @@ VISUAL = flags.DEFINE_integer("visual", 256, "Mean visual tokens among them.")
 COMPLETION = flags.DEFINE_integer("completion", 512, "Mean of a completion.")
 EFFICIENCY = flags.DEFINE_float(
   "efficiency", 0.5, "Share of the chip's rates that is taken to be reached."
+)
+PARTS = flags.DEFINE_list(
+  "parts", list(PARTS_OF_A_RUN), "Those that are compiled."
 )
 JSON = flags.DEFINE_bool("json", False, "A JSON line for each program, too.")
 SEARCH = flags.DEFINE_float(
@@ -74,6 +78,7 @@ def main(argv: list[str]) -> None:
         run,
         chip,
         efficiency=EFFICIENCY.value,
+        parts=PARTS.value,
         done=lambda one: screen.print(
           f"compiled {one.name}, {one.seconds:.0f} s"
         ),
@@ -83,7 +88,8 @@ def main(argv: list[str]) -> None:
   if JSON.value:
     for one in plan.compiled:
       print(json.dumps(_record(plan, one)))
-  _show(plan, Console())
+    print(json.dumps(_summary(plan)))
+  _show(plan, Console(width=None if sys.stdout.isatty() else 150))
   if plan.faults or not plan.fits:
     sys.exit(1)
 
@@ -163,6 +169,20 @@ def _record(plan: Plan, one: Compiled) -> dict[str, Any]:
     },
     "collectives": hlo.by_kind(one.cost.collectives, dict(plan.run.mesh.shape)),
     "compile_seconds": round(one.seconds, 1),
+  }
+
+
+def _summary(plan: Plan) -> dict[str, Any]:
+  """The last line of JSON."""
+  told = plan.estimate
+  return {
+    "verdict": plan.verdict,
+    "fits": plan.fits,
+    "faults": plan.faults,
+    "step_seconds": told and told.seconds,
+    "tokens_per_second_per_chip": told and told.tokens_per_second,
+    "seconds": told and {x.name: x.seconds for x in told.programs},
+    "bounds": told and {x.name: x.bound for x in told.programs},
   }
 
 

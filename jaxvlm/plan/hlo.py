@@ -149,9 +149,12 @@ class Module:
     lines = self.computations[loop.attribute("condition").lstrip("%")]
     named = {x.name: x for x in lines}
     root = next(x for x in lines if x.root)
-    if root.opcode == "fusion":
+    compares = root
+    if root.opcode == "fusion":  # as CPUs wrap it, with the same operands
+      compares = next(x for x in self.computations[root.called[0]] if x.root)
+    if compares.opcode != "compare" or "direction=LT" not in compares.text:
       return None
-    if root.opcode != "compare" or "direction=LT" not in root.text:
+    if len(root.operands) != 2:
       return None
     bound = named[root.operands[1]]
     if bound.opcode != "constant":

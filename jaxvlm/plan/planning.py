@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -140,9 +140,10 @@ def make(
   chip: Chip,
   *,
   efficiency: float,
+  parts: Collection[str] = programs.PARTS,
   done: Callable[[Compiled], None] = lambda one: None,
 ) -> Plan:
-  """Compiles all; `done` is told of each program."""
+  """Compiles these parts of it; `done` is told of each program."""
   jax.clear_caches()  # traces remember the mesh they were made for
   compiled: list[Compiled] = []
 
@@ -153,11 +154,12 @@ def make(
   failed = None
   with sharding.use(run.mesh):
     try:
-      programs.compile_run(run, Compiler(mesh=run.mesh, done=keep))
+      compiler = Compiler(mesh=run.mesh, done=keep)
+      programs.compile_run(run, compiler, parts)
     except TooLarge as error:
       failed = error
     told = None
-    if failed is None:
+    if failed is None and set(parts) == set(programs.PARTS):
       told = estimate.estimate(run, compiled, chip, efficiency)
   return Plan(
     run=run,

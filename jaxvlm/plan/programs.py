@@ -8,7 +8,7 @@ sharding that the compiler gave it.
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -199,8 +199,19 @@ def _replicated(arguments: Any) -> tuple[int, str]:
   return max(found)
 
 
-def compile_run(run: Run, compile: Compiler) -> None:
-  """All programs of a step of a stage, and of what comes before it."""
+PARTS = ("rollout", "update", "evaluation")
+
+
+def compile_run(
+  run: Run, compile: Compiler, parts: Collection[str] = PARTS
+) -> None:
+  """All programs of a step of a stage, and of what comes before it.
+
+  Args:
+    run: whose.
+    compile: is given them in order.
+    parts: of PARTS, those that are compiled.
+  """
   network, mesh = run.network, run.mesh
   params = sharding.abstract(mesh, network.shapes(), network.axes())
   stage = run.stage
@@ -219,10 +230,11 @@ def compile_run(run: Run, compile: Compiler) -> None:
   kept = {"optimizer": opt_state}
   if stage.kl_coef and stage.kind == "grpo":
     kept["reference"] = params
-  if stage.kind == "grpo":
+  if stage.kind == "grpo" and "rollout" in parts:
     _rollout(run, compile, params, kept, stage.make_draws(), "")
-  _update(run, compile, own, params, opt_state, kept)
-  if run.evaluation is not None:
+  if "update" in parts:
+    _update(run, compile, own, params, opt_state, kept)
+  if run.evaluation is not None and "evaluation" in parts:
     _rollout(run, compile, params, kept, run.evaluation, "evaluation: ")
 
 

@@ -1,0 +1,171 @@
+"""The programs of a small network, compiled for TPUs that are not there."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+
+from configs import staged
+from jaxvlm import sharding
+from jaxvlm.models import find_family
+from jaxvlm.plan import chips, planning, structure
+from jaxvlm.plan.batch import Lengths
+from jaxvlm.plan.planning import Plan, remedy
+
+needs_libtpu = pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed: pip install -e '.[tpu]'",
+)
+# Large enough for its weights to be told from activations, and head sizes that
+# TPU kernels take.
+TEXT = {
+  "vocab_size": 32768,
+  "hidden_size": 512,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 1,
+  "intermediate_size": 2048,
+  "rms_norm_eps": 1e-6,
+  "max_position_embeddings": 4096,
+  "rope_theta": 1e6,
+}
+VISION = {
+  "depth": 2,
+  "hidden_size": 256,
+  "num_heads": 4,
+  "intermediate_size": 512,
+  "out_hidden_size": 512,
+  "patch_size": 14,
+  "temporal_patch_size": 2,
+  "spatial_merge_size": 2,
+  "window_size": 112,
+  "fullatt_block_indexes": [1],
+  "tokens_per_second": 2,
+}
+LENGTHS = Lengths(
+  prompt=96,
+  longest_prompt=256,
+  visual=32,
+  most_visual=128,
+  completion=64,
+  longest_completion=256,
+)
+
+
+def make_plan(topology: str, tensor: int, slots: int = 0, **model) -> Plan:
+  config = staged.get_config("qwen2_5_vl_3b").to_dict()
+  config["mesh"] |= {"data": 1, "fsdp": -1, "tensor": tensor}
+  config["sampler"]["slots"] = slots
+  config["model"] |= model
+  stage = config["stages"]["visual_perception"]
+  stage |= {"rollout_questions": 16, "update_questions": 16}
+  stage |= {"updates_per_rollout": 2, "microbatch_tokens": 2048}
+  stage |= {"max_completion_length": 256, "num_completions": 4}
+  config["inputs"]["max_prompt_length"] = 256
+  family = find_family("qwen2_5_vl")
+  architecture = family.Config.from_hf(
+    {
+      "model_type": "qwen2_5_vl",
+      "tie_word_embeddings": True,
+      "text_config": TEXT
+      | {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
+      "vision_config": VISION,
+    }
+  )
+  devices = chips.devices(topology)
+  mesh = sharding.make_mesh(**config["mesh"], devices=devices)
+  with sharding.use(mesh):
+    run = planning.make_run(
+      config,
+      mesh=mesh,
+      architecture=architecture,
+      stage="visual_perception",
+      lengths=LENGTHS,
+    )
+  return planning.make(run, chips.find(devices[0]), efficiency=0.5)
+
+
+@pytest.fixture(scope="module")
+def plan():
+  """One kv head on two chips: it does not divide."""
+  pytest.importorskip("libtpu", reason="pip install -e '.[tpu]'")
+  return make_plan("v5e:2x2", tensor=2, slots=32)
+
+
+@needs_libtpu
+def test_every_program_of_a_step_compiles_for_a_pod(plan):
+  names = [one.name for one in plan.compiled]
+  assert names == [
+    "optimizer state",
+    "decode weights",
+    "tower",
+    "prefill",
+    "empty caches",
+    "decode",
+    "admit: prefill",
+    "admit",
+    *["regroup"] * ("regroup" in names),
+    "logprobs",
+    "zeros",
+    "gradient",
+    "optimizer step",
+  ]
+  assert plan.fits and "fits" in plan.verdict
+
+
+@needs_libtpu
+def test_nothing_is_gathered_copied_or_held_that_should_not_be(plan):
+  assert plan.faults == ()
+
+
+@needs_libtpu
+def test_a_kernel_attends_where_the_mesh_consists_of_tpus(plan):
+  gradient = next(x for x in plan.compiled if x.name == "gradient")
+  text = [
+    line.text
+    for lines in gradient.module.computations.values()
+    for line in lines
+  ]
+  assert any("tpu_custom_call" in line for line in text)
+
+
+@needs_libtpu
+def test_what_should_not_be_is_found(plan):
+  """A cache that a step gathers, and logits of all tokens."""
+  decode = next(x for x in plan.compiled if x.name == "decode")
+  module = decode.module
+  loop = next(x for x in module.loops() if module.turns(x) is None)
+  body = module.computations[loop.attribute("body").lstrip("%")]
+  cache = next(
+    line
+    for line in body
+    for shape in line.shapes
+    if line.opcode == "get-tuple-element" and shape.bytes >= structure.MIB
+  )
+  gathered = dataclasses.replace(cache, opcode="all-gather", name="planted")
+  body.append(gathered)
+  try:
+    found = structure.faults(plan.run, [decode])
+  finally:
+    body.remove(gathered)
+  assert any("planted" in fault for fault in found)
+
+
+def test_a_plan_of_this_machines_devices_needs_no_tpu():
+  plan = make_plan("local", tensor=2)
+  assert {"decode", "gradient"} <= {one.name for one in plan.compiled}
+  assert plan.estimate is not None and plan.estimate.seconds > 0
+  decode = next(x for x in plan.compiled if x.name == "decode")
+  assert decode.memory.live > decode.memory.peak  # the optimizer lies beside
+
+
+@pytest.mark.parametrize(
+  ("name", "knob"),
+  [
+    ("gradient", "microbatch_tokens"),
+    ("decode", "sampler.slots"),
+    ("optimizer step", "mesh.fsdp"),
+  ],
+)
+def test_what_does_not_fit_names_a_knob_that_helps(name, knob):
+  assert knob in remedy(name)
