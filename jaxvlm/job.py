@@ -118,9 +118,13 @@ class Job:
     ]
     return np.concatenate([np.array(held_out, int).reshape(-1, 2), *sources])
 
+  @functools.cached_property
+  def largest(self) -> int:
+    """Patches of the prompt with most."""
+    return int(self.sizes()[:, 1].max(initial=0))
+
   def make_sampler(self) -> Sampler:
     """One for all stages and evaluations, whose shapes fit their data."""
-    lengths, patches = self.sizes().T
     return Sampler(
       network=self.network,
       mesh=self.mesh,
@@ -128,8 +132,8 @@ class Job:
       pad_id=self.processor.pad_id,
       banned=self.banned,
       layout=self.processor.layout,
-      lengths=lengths.tolist(),
-      patches=int(patches.max(initial=0)),
+      lengths=self.sizes()[:, 0].tolist(),
+      patches=self.largest,
       slots=self.config["sampler"]["slots"],
     )
 

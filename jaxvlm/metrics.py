@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import pathlib
 import secrets
 import time
@@ -26,16 +25,12 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
 from jaxvlm import paths
 from jaxvlm.paths import Path
 
 Metrics = dict[str, tuple[float, float]]  # name -> (sum, count)
 Record = dict[str, Any]  # one line of a .jsonl file
-_SEND_SECONDS = 30.0  # between copies of a growing file to a bucket
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
@@ -122,7 +117,7 @@ class Logger:
     self._workdir = paths.path(workdir)
     self._primary = primary
     self._show = show
-    self._events: _Events | None = None
+    self._events: Any = None
     self._wandb: Any = None
     self._evaluated: set[tuple[str, int]] = set()
     if not primary:
@@ -133,7 +128,9 @@ class Logger:
     for record in read_records(self._workdir / "metrics.jsonl", kind="eval"):
       self._evaluated.add((record["stage"], record["global_step"]))
     if tensorboard:
-      self._events = _Events(self._workdir / "tensorboard", resume_step)
+      from jaxvlm.events import Events  # brings PyTorch, where that is there
+
+      self._events = Events(self._workdir / "tensorboard", resume_step)
     if wandb_project is not None:
       self._wandb = _start_wandb(wandb_project, self._workdir)
 
@@ -298,51 +295,6 @@ def _store_picture(
     image.save(png, format="PNG")
     paths.write(workdir / name, png.getvalue())
   return name
-
-
-class _Events:
-  """TensorBoard events, written at once; to a bucket every half a minute.
-
-  tensorboardX's SummaryWriter hands events to a thread, which loses the last
-  of them at a kill and blocks its caller for good when the disk is full.
-  """
-
-  def __init__(self, directory: pathlib.Path, resume_step: int) -> None:
-    self._directory, self._sent = directory, time.monotonic()
-    if paths.remote(directory):
-      self._directory = paths.here()
-    self._directory.mkdir(exist_ok=True)
-    # The name holds the second; two starts within it must not collide.
-    suffix = f".{os.getpid()}.{secrets.token_hex(4)}"
-    self._place = directory
-    self._writer = EventsWriter(str(self._directory / "events"), suffix)
-    # TensorBoard drops what earlier files hold from this step on.
-    start = SessionLog(status=SessionLog.START)
-    self._write(Event(step=resume_step + 1, session_log=start))
-
-  def write(self, step: int, numbers: Mapping[str, float]) -> None:
-    values = [
-      Summary.Value(tag=name, simple_value=number)
-      for name, number in numbers.items()
-    ]
-    self._write(Event(step=step, summary=Summary(value=values)))
-
-  def close(self) -> None:
-    self._writer.close()
-    self._send()
-
-  def _write(self, event: Event) -> None:
-    event.wall_time = time.time()
-    self._writer.write_event(event)
-    self._writer.flush()
-    if time.monotonic() - self._sent > _SEND_SECONDS:
-      self._send()
-
-  def _send(self) -> None:
-    self._sent = time.monotonic()
-    if self._place != self._directory:
-      for file in self._directory.iterdir():
-        paths.write(self._place / file.name, file.read_bytes())
 
 
 def _start_wandb(project: str, workdir: pathlib.Path) -> Any:

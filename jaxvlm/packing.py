@@ -42,6 +42,7 @@ class Packed:
     tokens: int,
     mesh: Mesh,
     layout: Layout,
+    largest: int = 0,
   ):
     """Plans the rows.
 
@@ -52,6 +53,7 @@ class Packed:
       tokens: columns of a data shard in a microbatch, as in `plan`.
       mesh: where the rows go.
       layout: how the model lays out pictures.
+      largest: patches of the question with most in all data; 0: not known.
     """
     self._groups = questions, completion_ids, completion_mask
     self._mesh, self._layout = mesh, layout
@@ -61,6 +63,7 @@ class Packed:
       tokens=tokens,
       shards=sharding.data_shards(mesh) // jax.process_count(),
       layout=layout,
+      largest=largest,
     )
 
   def __len__(self) -> int:
@@ -126,6 +129,7 @@ def plan(
   tokens: int,
   shards: int,
   layout: Layout,
+  largest: int = 0,
 ) -> Plan:
   """Rows of equal shape that hold all groups with little padding.
 
@@ -139,6 +143,7 @@ def plan(
       longer.
     shards: data shards of this host; a microbatch has as many rows of each.
     layout: how the model lays out pictures.
+    largest: patches of the question with most in all data; 0: not known.
   """
   lengths = completion_mask.sum((-2, -1))
   lengths = lengths + [len(q.prompt_ids) for q in questions]
@@ -168,10 +173,18 @@ def plan(
   return Plan(
     groups=groups.reshape(-1, together, room),
     columns=width,
-    patches=patch_capacity(lane, layout),
+    patches=_lane(lane, largest, layout),
     used_columns=int(lengths.sum()),
     used_patches=int(patches.sum()),
   )
+
+
+def _lane(patches: int, largest: int, layout: Layout) -> int:
+  """The lane that holds so many; where pictures are alike, to the patch."""
+  lane = patch_capacity(patches, layout)
+  if not largest:
+    return lane
+  return min(lane, largest * capacity(math.ceil(patches / largest)))
 
 
 def pack(

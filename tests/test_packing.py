@@ -1,5 +1,7 @@
 """Packed-tree rows, checked column by column on the host."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -177,6 +179,24 @@ def test_rows_share_pictures_as_they_share_columns(questions, layout):
   ]
   assert pictures == [1, 1, 1]
   assert found.padding["columns"][0] < 0.1 * found.padding["columns"][1]
+
+
+def test_lanes_of_pictures_that_are_alike_hold_them_to_the_patch(
+  questions, layout
+):
+  """Known to be the largest, a picture of 36 patches takes 36, not 48."""
+  like = dataclasses.replace(
+    questions[1], pixel_values=np.zeros((36, 8), np.float32)
+  )
+  mask = np.ones((8, 2, 60), bool)
+  given = {"tokens": 512, "shards": 1, "layout": layout}
+  known = plan([like] * 8, mask, largest=36, **given)
+  row = (known.groups[0, 0] >= 0).sum()
+  assert known.patches == 36 * row
+  assert plan([like] * 8, mask, **given).patches > known.patches
+  # One that is much larger does not make lanes wider than they were.
+  wide = plan([like] * 8, mask, largest=10_000, **given)
+  assert wide.patches == plan([like] * 8, mask, **given).patches
 
 
 @settings(max_examples=60, deadline=None)

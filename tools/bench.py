@@ -54,7 +54,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from configs import common
-from jaxvlm import compiling, models, sharding
+from jaxvlm import allocator, compiling, models, sharding
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.vision_layout import (
   Layout,
@@ -124,6 +124,8 @@ class Lab:
     self.layout = Layout.from_config(self.config)
     self.dtype = network.dtype
     banned = np.zeros(self.network.config.vocab_size, bool)
+    grids = [arrays[name] for name in ("grid", "v_grid") if name in arrays]
+    self.largest = max((int(g.prod(axis=1).max()) for g in grids), default=0)
     self.sampler = Sampler(
       network=self.network,
       mesh=self.mesh,
@@ -132,13 +134,7 @@ class Lab:
       banned=banned,
       layout=self.layout,
       lengths=[len(ids) for ids in arrays.get("prompts", ())],
-      patches=max(
-        int(arrays[name].prod(axis=1).max())
-        for name in ("grid", "v_grid")
-        if name in arrays
-      )
-      if arrays
-      else 0,
+      patches=self.largest,
     )
     self.draws = Draws(
       num_completions=self.group,
@@ -255,6 +251,7 @@ class Lab:
       tokens=self.microbatch_tokens,
       mesh=self.mesh,
       layout=self.layout,
+      largest=self.largest,
     )
 
   def logprobs(
@@ -600,6 +597,7 @@ def main() -> None:
     sys.exit(
       f"bench: {directory} has no inputs.npz; tools/bench_work.py makes it."
     )
+  allocator.keep_freed()
   compiling.keep(given.compilation_cache)
   lab = Lab.read(
     directory, microbatch_tokens=given.microbatch_tokens, remat=given.remat

@@ -11,7 +11,6 @@ from typing import Any, Self
 
 import jinja2
 import numpy as np
-import transformers
 from jaxtyping import Bool, Int
 
 from jaxvlm.data.messages import (
@@ -80,6 +79,8 @@ class Processor:
     Raises:
       ValueError: a file is missing or does not fit the others.
     """
+    import transformers  # 200 MB, where torch is there too
+
     directory = pathlib.Path(directory)
     config = read_json(directory / "config.json")
     if config is None:

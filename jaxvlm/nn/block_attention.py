@@ -27,7 +27,7 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # like best; accelerators want larger products.
 BLOCK = {"cpu": 64, "gpu": 128, "tpu": 256}
 # Of segments that are whole pictures, which fill larger ones.
-WIDE = {"cpu": 256, "gpu": 128, "tpu": 256}
+WIDE = {"cpu": 400, "gpu": 128, "tpu": 256}
 _BRANCHES = 1 << 15  # of a segment
 
 
@@ -220,7 +220,7 @@ def _forward(
       seen = standing.see(_tokens(tokens, place))
       scores = _scores(own, key, seen)
       higher = jnp.maximum(top, scores.max(-1))
-      weights = _exp(scores, higher, seen)
+      weights = jnp.exp(scores - higher[..., None])
       shrink = jnp.exp(top - higher)
       return (
         higher,
@@ -230,7 +230,8 @@ def _forward(
       )
 
     zeros = jnp.zeros(own.shape, jnp.float32)
-    start = (zeros[..., 0] + NEVER, zeros[..., 0], zeros)
+    # Above NEVER: what is hidden weighs nothing beside what is hidden too.
+    start = (zeros[..., 0] + NEVER / 2, zeros[..., 0], zeros)
     top, total, out = _over(reads, add, start)
     some = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     # exp(scores - normaliser) is 0 in a row that sees nothing.
@@ -255,7 +256,7 @@ def _backward(kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
   ) -> tuple[jax.Array, jax.Array]:
     """Weights, and the gradient of the products of queries and keys."""
     own, gradient, normaliser, paid = asks
-    weights = _exp(_scores(own, key, seen), normaliser, seen)
+    weights = jnp.exp(_scores(own, key, seen) - normaliser[..., None])
     asked = _product("bkrh,bksh->bkrs", gradient, value) - paid[..., None]
     return weights.astype(gradient.dtype), (
       weights * asked * own.shape[-1] ** -0.5
@@ -357,15 +358,6 @@ def _scores(
 ) -> Float[Array, "B K r b"]:
   scores = scale_product("bkrh,bksh->bkrs", query, keys)
   return jnp.where(_by_head(seen, scores), scores, NEVER)
-
-
-def _exp(
-  scores: Float[Array, "B K r b"],
-  top: Float[Array, "B K r"],
-  seen: Bool[Array, "B q b"],
-) -> Float[Array, "B K r b"]:
-  weights = jnp.exp(scores - top[..., None])
-  return jnp.where(_by_head(seen, scores), weights, 0.0)
 
 
 def _by_head(
