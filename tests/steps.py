@@ -18,6 +18,7 @@ def job_fixture(mesh, layout):
     processor=types.SimpleNamespace(
       layout=layout, decode=lambda ids: "-".join(map(str, ids))
     ),
+    largest=0,
     matrix_sizes=(1000, 100),
   )
 

@@ -408,6 +408,7 @@ def microbatches(run: Run) -> tuple[packing.Plan, Any, Any]:
     tokens=stage.microbatch_tokens,
     shards=run.shards,
     layout=run.layout,
+    largest=max(len(q.pixel_values) for q in asked),
   )
   return found, asked, mask
 
