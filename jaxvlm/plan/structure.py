@@ -47,8 +47,9 @@ def _decode(one: Compiled) -> Iterator[str]:
         if kind in hlo.MOVES and many in arrays and shape.bytes >= SMALL:
           yield f"{one.name}: {line.name} exchanges {shape} in each step."
           break
+        # A copy to the chip is how it is read.
         copied = kind in ("copy", "transpose") and many in caches
-        if copied and shape.bytes >= SMALL:
+        if copied and not line.shapes[0].on_chip and shape.bytes >= SMALL:
           yield f"{one.name}: {line.name} copies a cache, {shape}, in {where}."
           break
 

@@ -2,13 +2,15 @@
 
 import dataclasses
 import importlib.util
+import types
 
+import jax
 import pytest
 
 from configs import staged
 from jaxvlm import sharding
 from jaxvlm.models import find_family
-from jaxvlm.plan import chips, planning, structure
+from jaxvlm.plan import chips, hlo, planning, structure
 from jaxvlm.plan.batch import Lengths
 from jaxvlm.plan.planning import Plan, remedy
 
@@ -127,6 +129,43 @@ def test_a_kernel_attends_where_the_mesh_consists_of_tpus(plan):
     for line in lines
   ]
   assert any("tpu_custom_call" in line for line in text)
+
+
+def _copies(on_chip: bool) -> list[str]:
+  """Faults of a decode loop that copies a cache of 2 MiB, in HBM or to the chip."""
+  cache = "f32[4,1024,1,128]{3,2,1,0" + (":T(8,128)S(1)}" if on_chip else "}")
+  text = f"""
+%body (p: f32[4,1024,1,128]) -> f32[4,1024,1,128] {{
+  %p = f32[4,1024,1,128]{{3,2,1,0}} parameter(0)
+  ROOT %c = {cache} copy(%p)
+}}
+
+%condition (p: f32[4,1024,1,128]) -> pred[] {{
+  %p = f32[4,1024,1,128]{{3,2,1,0}} parameter(0)
+  ROOT %go = pred[] custom-call(%p)
+}}
+
+ENTRY %main (a: f32[4,1024,1,128]) -> f32[4,1024,1,128] {{
+  %a = f32[4,1024,1,128]{{3,2,1,0}} parameter(0)
+  ROOT %w = f32[4,1024,1,128]{{3,2,1,0}} while(%a), condition=%condition, body=%body
+}}
+"""
+  held = jax.ShapeDtypeStruct(
+    (4, 1024, 1, 128),
+    "float32",
+    sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+  )
+  one = types.SimpleNamespace(
+    name="decode",
+    module=hlo.Module(text),
+    held={"weights": (), "caches": held},
+  )
+  return structure.faults(None, [one])
+
+
+def test_a_cache_that_a_step_copies_is_a_fault_and_its_reading_is_none():
+  assert len(_copies(on_chip=False)) == 1
+  assert _copies(on_chip=True) == []
 
 
 @needs_libtpu
