@@ -67,7 +67,7 @@ GROUP, COMPLETION, PROMPT, VISUAL = 4, 64, 64, 16
 PROGRAMS = {
   "gradient": "update",
   "optimizer step": "update",
-  "gather weights": "gather",
+  "decode weights": "gather",
   "prefill": "prefill",
   "decode": "decode",
 }
@@ -136,7 +136,7 @@ def make_network() -> Network:
 
 
 def weight_bytes() -> dict[str, int]:
-  """Of all weights, and of what an update gathers of them.
+  """Of all weights, of what an update gathers of them, and of the decoder's.
 
   Layers are gathered once for the forward pass and once for the backward pass,
   which computes them again first; what is no layer is kept.
@@ -148,7 +148,12 @@ def weight_bytes() -> dict[str, int]:
   layers = sum(
     n for n, names in zip(sizes, axes, strict=True) if "layer" in names
   )
-  return {"weights": sum(sizes), "gathered": sum(sizes) + layers}
+  decoder = jax.tree.leaves(network.shapes()["language_model"])
+  return {
+    "weights": sum(sizes),
+    "gathered": sum(sizes) + layers,
+    "decoder": sum(4 * x.size for x in decoder),
+  }
 
 
 def make_run(case: Case) -> programs.Run:
@@ -250,9 +255,12 @@ class Law:
   amount: Callable[[Case], float]
   _: dataclasses.KW_ONLY
   says: str
-  # weights, gathered: of weight_bytes; first: of the first case, whatever it is.
+  # A key of weight_bytes; or first: of the first case, whatever it is.
   unit: str
   slack: float = TOLERANCE
+  # Loops whose end is data count as often as a shard reads rows of prompts, those
+  # of attention within too: only as many questions of a shard compare.
+  mode: str = ""
 
 
 def share(case: Case) -> float:
@@ -266,9 +274,18 @@ def summed(case: Case) -> float:
 
 SPLIT = ("data", "fsdp")
 LAWS = (
+  Law(AXES, "decode", "flops", share, says="split evenly", unit="first"),
   *(
-    Law(AXES, program, "flops", share, says="split evenly", unit="first")
-    for program in ("prefill", "decode")
+    Law(
+      axes,
+      "prefill",
+      "flops",
+      share,
+      says="split evenly",
+      unit="first",
+      mode=mode,
+    )
+    for axes, mode in ((SPLIT, "weak"), (("tensor",), "strong"))
   ),
   Law(SPLIT, "update", "flops", share, says="split evenly", unit="first"),
   Law(
@@ -310,8 +327,17 @@ LAWS = (
     "gather",
     "all-gather",
     lambda case: case.others,
-    says="weights, once",
-    unit="weights",
+    says="the decoder's weights, once",
+    unit="decoder",
+  ),
+  Law(
+    ("fsdp",),
+    "prefill",
+    "all-gather",
+    lambda case: case.others,
+    says="the decoder's weights, for each row that is read",
+    unit="first",
+    mode="weak",
   ),
   *(
     Law(
@@ -325,8 +351,8 @@ LAWS = (
     for program in ("update", "prefill", "decode")
   ),
   *(
-    Law(SPLIT, program, figure, lambda case: 0.0, says="nothing", unit="first")
-    for program in ("prefill", "decode")
+    Law(axes, program, figure, lambda case: 0.0, says="nothing", unit="first")
+    for axes, program in ((SPLIT, "decode"), (("data",), "prefill"))
     for figure in hlo.COLLECTIVES
   ),
 )
@@ -360,7 +386,7 @@ def judge(
 ) -> Iterator[Finding]:
   """The laws of an axis; `sizes` are those of weight_bytes."""
   for law in LAWS:
-    if axis not in law.axes:
+    if axis not in law.axes or law.mode not in ("", mode):
       continue
     amounts = [law.amount(case) for case in own]
     counted = [point.get((law.program, law.figure), 0.0) for point in points]

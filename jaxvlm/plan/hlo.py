@@ -19,7 +19,6 @@ _SIZES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(r"(?:calls|to_apply|body)=%([\w.\-]+)")
 COLLECTIVES = (
   *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
@@ -139,13 +138,6 @@ class Module:
 
   def turns(self, loop: Instruction) -> float | None:
     """How often a loop turns; None: its data say."""
-    counted = self._counted(loop)
-    if counted is None and (told := _TURNS.search(loop.text)):
-      return float(told.group(1))
-    return counted
-
-  def _counted(self, loop: Instruction) -> float | None:
-    """As its condition and body say, where they are as the TPU's are."""
     lines = self.computations[loop.attribute("condition").lstrip("%")]
     named = {x.name: x for x in lines}
     root = next(x for x in lines if x.root)

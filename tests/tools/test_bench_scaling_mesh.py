@@ -12,7 +12,7 @@ from tools import bench_scaling_mesh
 from tools.bench_scaling_mesh import AXES, LAWS, SIZES, Case, cases, judge
 
 WEIGHTS = 1_000_000
-SIZES_OF = {"weights": WEIGHTS, "gathered": 1_500_000}
+SIZES_OF = {"weights": WEIGHTS, "gathered": 1_500_000, "decoder": 600_000}
 MODES = ("strong", "weak")
 
 
