@@ -48,16 +48,18 @@ class Cloud:
       "PATH": f"{self.home / 'bin'}:{os.environ['PATH']}",
     }
     return subprocess.Popen(
-      [self.repository / "launch_tpu.sh", *arguments],
+      # Tests that run in the background ignore it, and so would the launcher.
+      [
+        "env",
+        "--default-signal=INT",
+        self.repository / "launch_tpu.sh",
+        *arguments,
+      ],
       env=env,
       cwd=self.home,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
       text=True,
-      # Tests that run in the background ignore it, and so would the launcher.
-      preexec_fn=lambda: signal.signal(
-        signal.SIGINT, signal.default_int_handler
-      ),
     )
 
   def launch(self, *options, flags=FLAGS):
