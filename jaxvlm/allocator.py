@@ -11,7 +11,7 @@ def keep_freed() -> None:
   """Has glibc use again what was freed; elsewhere it does nothing.
 
   On a CPU a program's temporaries come from malloc, which maps large ones anew
-  at every call: a page fault for each 4 KiB of them, a tenth of an update's
+  at every call: a page fault for each 4 KiB, up to a tenth of an update's
   time. And each thread keeps what it freed for itself, such as those that
   compile: 100 MB. To be called before there are threads.
   """
