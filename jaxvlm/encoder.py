@@ -54,7 +54,7 @@ class Encoder:
     backend = sharding.backend()
     known = -(-patches // _STEP[backend]) * _STEP[backend]
     self._known = max(known, _LANE[backend])
-    self._shards = sharding.data_shards(mesh) // jax.process_count()
+    self._shards = sharding.host_shards(mesh)
     self.padding: Metrics = {}
 
   def __call__(

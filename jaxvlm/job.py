@@ -106,6 +106,7 @@ class Job:
       sizes["decoder" if part == "decoder" else "tower"] += shape.size
     return sizes["decoder"], sizes["tower"]
 
+  @functools.cached_property
   def sizes(self) -> Int[np.ndarray, "N 2"]:
     """Tokens and patches of all prompts that may be asked."""
     held_out = [
@@ -121,7 +122,7 @@ class Job:
   @functools.cached_property
   def largest(self) -> int:
     """Patches of the prompt with most."""
-    return int(self.sizes()[:, 1].max(initial=0))
+    return int(self.sizes[:, 1].max(initial=0))
 
   def make_sampler(self) -> Sampler:
     """One for all stages and evaluations, whose shapes fit their data."""
@@ -132,7 +133,7 @@ class Job:
       pad_id=self.processor.pad_id,
       banned=self.banned,
       layout=self.processor.layout,
-      lengths=self.sizes()[:, 0].tolist(),
+      lengths=self.sizes[:, 0].tolist(),
       patches=self.largest,
       slots=self.config["sampler"]["slots"],
     )

@@ -61,7 +61,7 @@ class Packed:
       questions,
       completion_mask,
       tokens=tokens,
-      shards=sharding.data_shards(mesh) // jax.process_count(),
+      shards=sharding.host_shards(mesh),
       layout=layout,
       largest=largest,
     )

@@ -139,6 +139,11 @@ def data_shards(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def host_shards(mesh: Mesh) -> int:
+  """Those of them that are of this host's questions."""
+  return data_shards(mesh) // jax.process_count()
+
+
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
   """Makes `constrain` in layers refer to this mesh while tracing."""

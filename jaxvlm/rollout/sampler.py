@@ -85,7 +85,7 @@ class Sampler:
     packed = prompts.pack(
       questions,
       real,
-      shards=sharding.data_shards(self.mesh) // jax.process_count(),
+      shards=sharding.host_shards(self.mesh),
       bucket=bucket,
       layout=self.layout,
     )

@@ -202,6 +202,14 @@ def test_a_completion_never_sees_its_sibling(
 
 
 # Blocks of the tower and layers of the decoder; DeepStack's mergers.
+def read(network, prompts, params):
+  """Tower, embedding and decoder, one after the other."""
+  features = network.encode(params, prompts.vision)
+  ids = prompts.prompt_ids
+  embeds = network.embed(params, ids, prompts.vision_index, features)
+  return network.forward(params, embeds, prompts.position_ids, ids, ids)
+
+
 @pytest.mark.parametrize(
   ("family", "remat", "times"),
   [
@@ -216,14 +224,7 @@ def test_full_remat_wraps_the_layers_of_tower_and_decoder(
 ):
   network = dataclasses.replace(network, remat=remat)
 
-  def run(params):
-    features = network.encode(params, prompts.vision)
-    embeds = network.embed(
-      params, prompts.prompt_ids, prompts.vision_index, features
-    )
-    ids = prompts.prompt_ids
-    return network.forward(params, embeds, prompts.position_ids, ids, ids)
-
+  run = functools.partial(read, network, prompts)
   assert str(jax.make_jaxpr(run)(params)).count("prevent_cse=") == times
 
 
@@ -234,13 +235,7 @@ def test_remat_of_dots_does_not_attend_again(network, params, prompts):
     remade = dataclasses.replace(network, remat=remat)
 
     def loss(params):
-      features = remade.encode(params, prompts.vision)
-      embeds = remade.embed(
-        params, prompts.prompt_ids, prompts.vision_index, features
-      )
-      ids = prompts.prompt_ids
-      x = remade.forward(params, embeds, prompts.position_ids, ids, ids)
-      return jnp.sum(x)
+      return jnp.sum(read(remade, prompts, params))
 
     text = jax.jit(jax.grad(loss)).lower(params).as_text()
     return text.count("applies stablehlo.maximum")
