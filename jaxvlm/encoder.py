@@ -7,14 +7,17 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 
 from jaxvlm import compiling, filling, sharding
 from jaxvlm.data.vision_layout import (
   Layout,
+  alike,
   capacity,
   pack_vision,
   patch_capacity,
 )
+from jaxvlm.filling import UNKNOWN, Known
 from jaxvlm.metrics import Metrics, add
 from jaxvlm.models import Network
 from jaxvlm.types import Features, Params, Question, Vision
@@ -22,11 +25,11 @@ from jaxvlm.types import Features, Params, Question, Vision
 # Patches of a lane, at least: small pictures share one, where long lanes are as
 # good as many.
 _LANE = {"cpu": 0, "gpu": 1024, "tpu": 1024}
-_STEP = {"cpu": 16, "gpu": 128, "tpu": 128}  # in which lanes are wider
+_STEP = {"cpu": 4, "gpu": 128, "tpu": 128}  # in which lanes are wider
 # And of all lanes of a data shard that are read together: what stays near two
 # cores, and what fills an accelerator.
 _TOGETHER = {"cpu": 4096, "gpu": 32768, "tpu": 32768}
-_CALLS = 4  # for a batch in which each question has a lane of its own
+_CALLS = 4  # for a batch in which each question has a lane of its own, or more
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -47,13 +50,14 @@ class Encoder:
     network: Network,
     mesh: Mesh,
     layout: Layout,
-    patches: int = 0,  # of the question with most, where that is known
+    known: Known = UNKNOWN,
   ):
     self._network, self._mesh, self._layout = network, mesh, layout
     # Of known data a lane holds the largest; others have a bucket of their own.
     backend = sharding.backend()
-    known = -(-patches // _STEP[backend]) * _STEP[backend]
-    self._known = max(known, _LANE[backend])
+    largest = -(-known.patches // _STEP[backend]) * _STEP[backend]
+    self._lane = max(largest, _LANE[backend])
+    self._together = _together([b[:, 1] for b in known.batches], self._lane)
     self._shards = sharding.host_shards(mesh)
     self.padding: Metrics = {}
 
@@ -62,12 +66,15 @@ class Encoder:
   ) -> list[Question]:
     """The questions of this host with their features; text's are empty.
 
-    A batch of text alone stays as it is, and so does one that has them.
+    A batch of text alone stays as it is, and so does one that has them. What
+    several questions show is encoded once.
     """
     sizes = np.array([len(q.pixel_values) for q in questions])
     longest = int(sharding.agree_max(sizes.max()))
     if not longest or questions[0].features is not None:
       return list(questions)
+    first = alike(questions)
+    sizes[first != np.arange(len(questions))] = 0
     lane, most = self.shape(longest, len(questions))
     rows, together, _ = filling.fill(
       sizes,
@@ -99,8 +106,8 @@ class Encoder:
       for q, own in zip(row, np.split(found, ends, axis=1), strict=False):
         features[q] = own
     return [
-      dataclasses.replace(question, features=own)
-      for question, own in zip(questions, features, strict=True)
+      dataclasses.replace(question, features=features[q])
+      for question, q in zip(questions, first, strict=True)
     ]
 
   def shape(self, longest: int, questions: int) -> tuple[int, int]:
@@ -110,13 +117,14 @@ class Encoder:
       longest: patches of the question with most.
       questions: of this host.
     """
-    lane = self._known
+    if longest <= self._lane and self._together:
+      return self._lane, self._together
+    lane = self._lane
     if longest > lane:
       lane = patch_capacity(longest, self._layout)
     # One shape for batches of so many questions, however many are of text.
-    together = capacity(-(-questions // self._shards // _CALLS))
-    most = _TOGETHER[sharding.backend()] // lane
-    return lane, min(together, max(most, 1))
+    each = -(-questions // self._shards)
+    return lane, min(capacity(-(-each // _CALLS)), _most(lane))
 
   def _see(self, params: Params, vision: Vision) -> Features:
     placed = sharding.place(self._mesh, {"vision": vision})["vision"]
@@ -126,6 +134,24 @@ class Encoder:
       compiling.program("encode", lanes=lanes, patches=patches),
     ):
       return encode(self._network, params, placed)
+
+
+def _most(lane: int) -> int:
+  """Lanes of a data shard that are read together, at most."""
+  return max(_TOGETHER[sharding.backend()] // lane, 1)
+
+
+def _together(batches: Sequence[Int[np.ndarray, " N"]], lane: int) -> int:
+  """So many lanes in a call leave few of such batches empty; 0: no pictures."""
+  rows = np.array(
+    [len(filling.first_fit(own, lane)) for own in batches if own.any()]
+  )
+  if not rows.size:
+    return 0
+  most = min(-(-rows.max() // _CALLS), _most(lane))
+  # Not fewer than half: a call has its own cost.
+  options = range(most, most // 2, -1)
+  return min(options, key=lambda n: np.mean(-rows % n / (rows + -rows % n)))
 
 
 def _lanes(features: Features) -> np.ndarray:

@@ -1,12 +1,32 @@
 """Which items share a row: few rows of one width, each about as full."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxvlm import sharding
 from jaxvlm.data.vision_layout import capacity
+from jaxvlm.types import Question
+
+
+class Known(NamedTuple):
+  """What is known of the questions to come, where all data were read."""
+
+  tokens: int = 0  # of the prompt with most; 0: not known
+  patches: int = 0  # likewise
+  # Tokens and patches of what a data shard may be asked at once, tried.
+  batches: Sequence[Int[np.ndarray, "N 2"]] = ()
+
+  @classmethod
+  def of(cls, sizes: Int[np.ndarray, "N 2"]) -> Self:
+    """That no others are asked than a batch of these."""
+    tokens, patches = sizes.max(0).tolist()
+    return cls(tokens, patches, (sizes,))
+
+
+UNKNOWN = Known()
 
 
 class Rows(NamedTuple):
@@ -53,15 +73,26 @@ def fill_apart(
   sizes: Int[np.ndarray, "S N"], *, width: int
 ) -> list[list[list[int]]]:
   """For each data shard few rows that hold its own items, as many of each."""
-  none = np.zeros(sizes.shape[1], np.int64)
-  whole = int(sharding.agree_max(sizes.sum(1).max()))
-  needed = max(-(-whole // width), 1)
-  while True:
-    rows = [balanced(own, none, needed) for own in sizes]
-    fullest = max(map(_fullest, sizes, rows))
-    if int(sharding.agree_max(fullest)) <= width:
-      return rows
-    needed += 1
+  rows = [first_fit(own, width) for own in sizes]
+  needed = int(sharding.agree_max(max(map(len, rows))))
+  return [own + [[] for _ in range(needed - len(own))] for own in rows]
+
+
+def first_fit(sizes: Int[np.ndarray, " N"], width: int) -> list[list[int]]:
+  """Rows of items, the largest first, each where it first fits.
+
+  Items of no size are in no row; without any there is one, empty.
+  """
+  members: list[list[int]] = [[]]
+  free = np.full(len(sizes) + 1, width)
+  order = np.argsort(-sizes, kind="stable")
+  for item in order[sizes[order] > 0].tolist():
+    row = int(np.argmax(free >= sizes[item]))
+    free[row] -= sizes[item]
+    if row == len(members):
+      members.append([])
+    members[row].append(item)
+  return [sorted(row) for row in members]
 
 
 def balanced(
@@ -84,6 +115,12 @@ def balanced(
     taken[row] += sizes[item]
     beside[row] += others[item]
   return [sorted(row) for row in members]
+
+
+def sizes_of(questions: Sequence[Question]) -> Int[np.ndarray, "N 2"]:
+  """Tokens of each prompt, and patches."""
+  found = [(len(q.prompt_ids), len(q.pixel_values)) for q in questions]
+  return np.array(found, int).reshape(-1, 2)
 
 
 def _fullest(sizes: np.ndarray, members: list[list[int]]) -> int:

@@ -5,7 +5,7 @@ import functools
 import inspect
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jaxvlm.data.loader import Loader, Source
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.rows import Rows, order_keys, select
 from jaxvlm.display import Display
+from jaxvlm.filling import Known, sizes_of
 from jaxvlm.find import find
 from jaxvlm.learner import Learner
 from jaxvlm.models import Network
@@ -36,6 +37,7 @@ from jaxvlm.scoring import Rewards, Scorer, check_rewards
 from jaxvlm.stages import Stage, hold_schedule
 from jaxvlm.types import Params, Question
 
+_TRIED = 4  # batches of a stage, from which sizes are chosen
 # What any data entry of a config has beside its source's own fields.
 _ENTRY = (
   *("source", "weight", "filter", "limit", "annotations", "rewards"),
@@ -107,22 +109,38 @@ class Job:
     return sizes["decoder"], sizes["tower"]
 
   @functools.cached_property
-  def sizes(self) -> Int[np.ndarray, "N 2"]:
-    """Tokens and patches of all prompts that may be asked."""
-    held_out = [
-      (len(q.prompt_ids), len(q.pixel_values))
-      for rows in self.held_out
-      for q in rows.questions
-    ]
-    sources = [
-      s.sizes for named in self.sources.values() for s in named.values()
-    ]
-    return np.concatenate([np.array(held_out, int).reshape(-1, 2), *sources])
+  def known(self) -> Known:
+    """What the questions to come are like."""
+    sizes = [sizes_of(rows.questions) for rows in self.held_out]
+    for named in self.sources.values():
+      sizes += [source.sizes for source in named.values()]
+    tokens, patches = np.concatenate(sizes).max(0, initial=0).tolist()
+    return Known(tokens, patches, tuple(self._tried()))
 
-  @functools.cached_property
-  def largest(self) -> int:
-    """Patches of the prompt with most."""
-    return int(self.sizes[:, 1].max(initial=0))
+  def _tried(self) -> Iterator[Int[np.ndarray, "N 2"]]:
+    """Tokens and patches of some batches of a data shard, as they will be."""
+    shards = sharding.data_shards(self.mesh)
+    rng = np.random.default_rng(0)
+    for stage in self.schedule:
+      if stage.kind == "sft":
+        continue  # nothing is rolled out
+      named = list(self.sources[stage.name].values())
+      each = stage.rollout_questions // shards
+      shares = np.cumsum([source.weight for source in named])
+      places = (np.arange(each) + 0.5) / each * shares[-1]
+      counts = np.bincount(
+        np.searchsorted(shares, places), minlength=len(named)
+      )
+      for _ in range(_TRIED):
+        yield np.concatenate(
+          [
+            source.sizes[rng.integers(len(source.sizes), size=count)]
+            for source, count in zip(named, counts, strict=True)
+          ]
+        )
+    each = self.config["evaluation"]["batch_questions"] // shards
+    for rows in self.held_out:
+      yield sizes_of(rows.questions[:each])
 
   def make_sampler(self) -> Sampler:
     """One for all stages and evaluations, whose shapes fit their data."""
@@ -133,8 +151,7 @@ class Job:
       pad_id=self.processor.pad_id,
       banned=self.banned,
       layout=self.processor.layout,
-      lengths=self.sizes[:, 0].tolist(),
-      patches=self.largest,
+      known=self.known,
       slots=self.config["sampler"]["slots"],
     )
 

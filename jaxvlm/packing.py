@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from jaxvlm import filling, sharding
 from jaxvlm.data.vision_layout import (
   Layout,
+  alike,
   capacity,
   pack_vision,
   patch_capacity,
@@ -91,6 +92,7 @@ class Plan:
   """Which groups stand in which row of which microbatch, on this host."""
 
   groups: Int[np.ndarray, "U R K"]  # the question; -1: none
+  pictures: Int[np.ndarray, " Q"]  # the question whose pictures are shown
   columns: int  # T
   patches: int  # L, of a row's lane; 0: text alone
   used_columns: int
@@ -110,6 +112,10 @@ class Plan:
     found = np.empty((places.max() + 1, *values.shape[1:]), values.dtype)
     found[places[places >= 0]] = values[places >= 0]
     return found
+
+  def shown(self, row: Int[np.ndarray, " K"]) -> list[int]:
+    """The questions of whose pictures the lane of such a row is made."""
+    return list(dict.fromkeys(self.pictures[row].tolist()))
 
   @property
   def padding(self) -> dict[str, tuple[float, float]]:
@@ -134,7 +140,8 @@ def plan(
   """Rows of equal shape that hold all groups with little padding.
 
   Sizes are the same on all hosts, and few: a row's width follows `tokens` and
-  the longest group alone, unless one row holds everything.
+  the longest group alone, unless one row holds everything. Groups that show the
+  same pictures stand in one row, which has them once.
 
   Args:
     questions: Q prepared questions of this host.
@@ -150,20 +157,21 @@ def plan(
   patches = np.array([len(q.pixel_values) for q in questions])
   longest = int(sharding.agree_max(lengths.max()))
   width = capacity(max(longest, min(tokens, _ROW)), 32)
+  pictures = alike(questions)
+  items = _side_by_side(pictures, lengths, width)
   rows, together, fullest = filling.fill(
-    lengths,
-    patches,
+    np.array([lengths[item].sum() for item in items]),
+    np.array([patches[item[0]] for item in items]),
     width=width,
     shards=shards,
     together=max(tokens // width, 1),
     even=True,
   )
+  rows = [sorted(q for item in row for q in items[item]) for row in rows]
   if len(rows) == shards:
     width = min(2 ** math.ceil(math.log2(fullest)), width)
-  most = [
-    max(len(row) for row in rows),
-    max(int(patches[row].sum()) for row in rows),
-  ]
+  shown = [int(patches[np.unique(pictures[row])].sum()) for row in rows]
+  most = [max(len(row) for row in rows), max(shown)]
   places, lane = (int(size) for size in sharding.agree_max(most))
   # Each size is another program: few, where they cost as little as these.
   room = 4 ** math.ceil(math.log(places, 4))
@@ -172,11 +180,27 @@ def plan(
     taken[: len(row)] = row
   return Plan(
     groups=groups.reshape(-1, together, room),
+    pictures=pictures,
     columns=width,
     patches=_lane(lane, largest, layout),
     used_columns=int(lengths.sum()),
-    used_patches=int(patches.sum()),
+    used_patches=sum(shown),
   )
+
+
+def _side_by_side(
+  pictures: Int[np.ndarray, " Q"], lengths: Int[np.ndarray, " Q"], width: int
+) -> list[list[int]]:
+  """The questions that show the same pictures, as many as a row holds."""
+  items: list[list[int]] = []
+  last: dict[int, list[int]] = {}
+  for q, shown in enumerate(pictures.tolist()):
+    item = last.get(shown)
+    if item is None or lengths[item].sum() + lengths[q] > width:
+      item = last[shown] = []
+      items.append(item)
+    item.append(q)
+  return items
 
 
 def _lane(patches: int, largest: int, layout: Layout) -> int:
@@ -215,7 +239,10 @@ def pack(
     branch_ids=np.full(shape, -1, np.int32),
     vision_index=np.full(shape, -1, np.int32),
     vision=pack_vision(
-      [[questions[q] for q in row if q >= 0] for row in plan.groups[u]],
+      [
+        [questions[q] for q in plan.shown(row[row >= 0])]
+        for row in plan.groups[u]
+      ],
       layout=layout,
       patches=plan.patches,
       like=questions[0],
@@ -227,10 +254,18 @@ def pack(
   )
   slots = tree.slots.reshape(rows, room, *tree.slots.shape[1:])
   for r, members in enumerate(plan.groups[u]):
-    row = _Row(tree, r, layout)
-    for place, q in enumerate(members[members >= 0]):
+    row, own = _Row(tree, r, layout), members[members >= 0]
+    at, lane = 0, {}
+    for q in plan.shown(own):
+      lane[q] = at
+      at += len(questions[q].pixel_values) // layout.patches_per_token
+    for place, q in enumerate(own):
       row.add(
-        questions[q], completion_ids[q], completion_mask[q], slots[r, place]
+        questions[q],
+        completion_ids[q],
+        completion_mask[q],
+        slots[r, place],
+        first_visual=lane[plan.pictures[q]],
       )
     tree.counts[r] = row.targets
   return tree
@@ -246,7 +281,6 @@ class _Row:
   trees: int = 0
   columns: int = 0
   targets: int = 0
-  visual_tokens: int = 0
 
   def add(
     self,
@@ -254,6 +288,8 @@ class _Row:
     ids: Int[np.ndarray, "G C"],
     mask: Bool[np.ndarray, "G C"],
     slots: Int[np.ndarray, "G C"],
+    *,
+    first_visual: int,
   ) -> None:
     """Puts a prompt behind what is there, and its completions behind it.
 
@@ -262,6 +298,7 @@ class _Row:
       ids: of the completions.
       mask: which of them are tokens.
       slots: written: the target that each token is.
+      first_visual: where the visual tokens of its pictures begin in the lane.
     """
     tree, row = self.tree, self.row
     g, c = np.nonzero(mask)
@@ -280,7 +317,7 @@ class _Row:
     tree.position_ids[:, row, column] = question.position_ids[:, -1:] + 1 + c
     shown = np.flatnonzero(question.prompt_ids == self.layout.image_token_id)
     places = token_places(question.image_grid_thw, self.layout)
-    tree.vision_index[row, self.columns + shown] = self.visual_tokens + places
+    tree.vision_index[row, self.columns + shown] = first_visual + places
     tree.targets[row, target] = ids[g, c]
     # The last prompt column predicts every completion's first token.
     tree.predictors[row, target] = np.where(c == 0, first, column) - 1
@@ -289,4 +326,3 @@ class _Row:
     self.trees += 1
     self.columns = whole.stop
     self.targets += g.size
-    self.visual_tokens += len(shown)

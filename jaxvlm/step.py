@@ -130,7 +130,7 @@ def in_rows(
     tokens=stage.microbatch_tokens,
     mesh=job.mesh,
     layout=job.processor.layout,
-    largest=job.largest,
+    largest=job.known.patches,
   )
 
 

@@ -11,6 +11,7 @@ from jaxvlm import encoder as encoder_module
 from jaxvlm import learner as learner_module
 from jaxvlm import step, watch
 from jaxvlm.encoder import Encoder
+from jaxvlm.filling import Known
 from jaxvlm.learner import Learner
 from jaxvlm.packing import Packed
 from tests.test_counters import experiences
@@ -155,9 +156,40 @@ def test_a_lane_is_as_wide_as_the_data_need(
   network, mesh, layout, placed, questions
 ):
   """Batches of any pictures have one width."""
-  encoder = Encoder(network=network, mesh=mesh, layout=layout, patches=1000)
+  encoder = Encoder(
+    network=network, mesh=mesh, layout=layout, known=Known(patches=1000)
+  )
   encoder(placed, questions[:2])
-  assert encoder.padding["padding/lanes"][1] == 1008
+  assert encoder.padding["padding/lanes"][1] == 1000
+
+
+@pytest.mark.parametrize("pictures", [19, 24, 40, 96])
+def test_calls_are_as_large_as_leaves_few_lanes_empty(
+  network, mesh, layout, pictures
+):
+  """Of 96 questions so many have a picture: at most 15 % are empty lanes."""
+  sizes = np.zeros((2, 96, 2), int)
+  sizes[0, :pictures, 1] = sizes[1, :, 1] = 16
+  known = Known(0, 16, sizes)
+  encoder = Encoder(network=network, mesh=mesh, layout=layout, known=known)
+  lane, together = encoder.shape(16, 96)
+  assert lane == 16 and together >= 12
+  for count in (pictures, 96):
+    assert count >= 0.85 * -(-count // together) * together
+
+
+@families
+def test_pictures_of_several_questions_are_encoded_once(
+  network, mesh, layout, placed, questions, encoded
+):
+  again = [questions[0], *questions, questions[0], questions[5]]
+  encoder = Encoder(network=network, mesh=mesh, layout=layout)
+  found = encoder(placed, again)
+  expected = [encoded[0], *encoded, encoded[0], encoded[5]]
+  for own, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(own.features, other.features, atol=1e-5)
+  empty, size = encoder.padding["padding/lanes"]
+  assert size - empty == sum(len(q.pixel_values) for q in questions)
 
 
 def test_text_alone_needs_no_tower(network, mesh, layout, questions):

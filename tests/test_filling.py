@@ -1,5 +1,7 @@
 """Rows that items share: all of them once, none too full, few rows."""
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,19 @@ def test_each_item_stands_in_one_row_that_holds_it(
   assert len(rows) % together == 0 and together % shards == 0
   assert together <= most * shards
   assert even or together == most * shards
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=40).map(np.array))
+def test_an_item_begins_a_row_only_where_none_before_holds_it(items):
+  width = max(int(items.max()), 1)
+  rows = filling.first_fit(items, width)
+  held = [int(items[row].sum()) for row in rows]
+  assert (
+    sorted(q for row in rows for q in row) == np.flatnonzero(items).tolist()
+  )
+  assert max(held) <= width
+  assert all(a + b > width for a, b in itertools.pairwise(held))
 
 
 def test_calls_are_as_even_as_their_sizes_allow():

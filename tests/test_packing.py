@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from jaxvlm.data.vision_layout import token_places
 from jaxvlm.packing import Packed, pack, plan
 
+families = pytest.mark.parametrize(
+  "family", ["qwen2_5_vl", "qwen3_vl"], indirect=True
+)
 LENGTHS = np.array(
   [[3, 1, 2], [1, 1, 1], [4, 4, 4], [2, 0, 1]] * 2
 )  # [Q G], as many completion tokens
@@ -32,6 +35,12 @@ def packed(questions, completions, layout):
   ]
   assert len(trees) > 1
   return found, trees
+
+
+def showing(question, value):
+  """The question with another picture of the same size."""
+  pixels = np.full_like(question.pixel_values, value)
+  return dataclasses.replace(question, pixel_values=pixels)
 
 
 def each(packed):
@@ -169,7 +178,7 @@ def test_padding_is_what_rows_and_lanes_hold_beside_groups(packed):
 def test_rows_share_pictures_as_they_share_columns(questions, layout):
   """Of twelve short groups three have a picture; no row has two."""
   text, shown = questions[2], questions[1]
-  mixed = [shown, text, text, text] * 3
+  mixed = [showing(shown, i // 4) if i % 4 == 0 else text for i in range(12)]
   mask = np.ones((12, 2, 60), bool)
   found = plan(mixed, mask, tokens=512, shards=1, layout=layout)
   assert found.groups.shape[:2] == (3, 1)
@@ -181,22 +190,53 @@ def test_rows_share_pictures_as_they_share_columns(questions, layout):
   assert found.padding["columns"][0] < 0.1 * found.padding["columns"][1]
 
 
+@families
+def test_pictures_of_several_questions_stand_in_a_lane_once(questions, layout):
+  """Questions 1 and 3 are asked of the pictures of 0: one copy, equal places."""
+  asked = [questions[0], *questions[1:3], questions[0], questions[0]]
+  ids = np.arange(5 * 2 * 4, dtype=np.int32).reshape(5, 2, 4)
+  mask = np.ones((5, 2, 4), bool)
+  given = {"shards": 1, "layout": layout}
+  found = plan(asked, mask, tokens=512, **given)
+  assert found.groups.shape[:2] == (1, 1)
+  shown = len(questions[0].pixel_values) + len(questions[1].pixel_values)
+  assert found.used_patches == shown
+  tree = pack(found, 0, asked, ids, mask, layout=layout)
+  assert (tree.vision.full_segments >= 0).sum() == shown
+  index = tree.vision_index[0]
+  trees = {
+    q: index[(tree.tree_ids[0] == place) & (index >= 0)]
+    for place, q in enumerate(found.groups[0, 0, :5])
+  }
+  first = trees[0].size * layout.patches_per_token
+  assert first == len(questions[0].pixel_values)
+  for q in (3, 4):
+    np.testing.assert_array_equal(trees[q], trees[0])
+  assert not set(trees[1]) & set(trees[0])
+  # Rows too short for all hold as many side by side as they can.
+  two = 2 * (len(questions[0].prompt_ids) + 2 * 4)
+  short = plan(asked, mask, tokens=two, **given)
+  held = [set(row.tolist()) & {0, 3, 4} for row in short.groups[:, 0]]
+  assert len([row for row in held if row]) == 2
+
+
 def test_lanes_of_pictures_that_are_alike_hold_them_to_the_patch(
   questions, layout
 ):
   """Known to be the largest, a picture of 36 patches takes 36, not 48."""
-  like = dataclasses.replace(
+  small = dataclasses.replace(
     questions[1], pixel_values=np.zeros((36, 8), np.float32)
   )
+  like = [showing(small, i) for i in range(8)]
   mask = np.ones((8, 2, 60), bool)
   given = {"tokens": 512, "shards": 1, "layout": layout}
-  known = plan([like] * 8, mask, largest=36, **given)
+  known = plan(like, mask, largest=36, **given)
   row = (known.groups[0, 0] >= 0).sum()
   assert known.patches == 36 * row
-  assert plan([like] * 8, mask, **given).patches > known.patches
+  assert plan(like, mask, **given).patches > known.patches
   # One that is much larger does not make lanes wider than they were.
-  wide = plan([like] * 8, mask, largest=10_000, **given)
-  assert wide.patches == plan([like] * 8, mask, **given).patches
+  wide = plan(like, mask, largest=10_000, **given)
+  assert wide.patches == plan(like, mask, **given).patches
 
 
 @settings(max_examples=60, deadline=None)

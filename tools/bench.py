@@ -61,6 +61,8 @@ from jaxvlm.data.vision_layout import (
   mrope_positions,
   token_places,
 )
+from jaxvlm.encoder import Encoder
+from jaxvlm.filling import UNKNOWN, Known, sizes_of
 from jaxvlm.learner import Learner, Objective, Optimizer
 from jaxvlm.packing import Packed
 from jaxvlm.rl import advantages
@@ -124,8 +126,11 @@ class Lab:
     self.layout = Layout.from_config(self.config)
     self.dtype = network.dtype
     banned = np.zeros(self.network.config.vocab_size, bool)
-    grids = [arrays[name] for name in ("grid", "v_grid") if name in arrays]
-    self.largest = max((int(g.prod(axis=1).max()) for g in grids), default=0)
+    self.known = UNKNOWN
+    if "prompts" in arrays:
+      tokens = [len(ids) for ids in arrays["prompts"]]
+      sizes = np.column_stack([tokens, arrays["grid"].prod(axis=1)])
+      self.known = Known.of(sizes)
     self.sampler = Sampler(
       network=self.network,
       mesh=self.mesh,
@@ -133,8 +138,7 @@ class Lab:
       pad_id=0,
       banned=banned,
       layout=self.layout,
-      lengths=[len(ids) for ids in arrays.get("prompts", ())],
-      patches=self.largest,
+      known=self.known,
     )
     self.draws = Draws(
       num_completions=self.group,
@@ -251,7 +255,7 @@ class Lab:
       tokens=self.microbatch_tokens,
       mesh=self.mesh,
       layout=self.layout,
-      largest=self.largest,
+      largest=self.known.patches,
     )
 
   def logprobs(
@@ -262,7 +266,11 @@ class Lab:
 
   def encode(self, questions: list[Question]) -> list[np.ndarray]:
     """The tower's tokens of each question, in the order of a lane."""
-    seen = self.sampler.encoder(self.params, questions)
+    known = Known.of(sizes_of(questions))
+    see = Encoder(
+      network=self.network, mesh=self.mesh, layout=self.layout, known=known
+    )
+    seen = see(self.params, questions)
     return [q.features[0] for q in seen if q.features is not None]
 
   def update(

@@ -218,6 +218,27 @@ def patch_capacity(patches: int, layout: Layout) -> int:
   return capacity(tokens, 4) * layout.patches_per_token if tokens else 0
 
 
+def alike(questions: Sequence[Question]) -> Int[np.ndarray, " Q"]:
+  """For each question the first that shows the same pictures; text: itself."""
+  found = np.arange(len(questions))
+  seen: dict[bytes, list[int]] = {}
+  for q, question in enumerate(questions):
+    pixels = question.pixel_values
+    if not len(pixels):
+      continue
+    few = pixels[:: max(len(pixels) // 4, 1)]  # tells most of them apart
+    others = seen.setdefault(
+      question.image_grid_thw.tobytes() + few.tobytes(), []
+    )
+    for other in others:
+      if np.array_equal(questions[other].pixel_values, pixels):
+        found[q] = other
+        break
+    else:
+      others.append(q)
+  return found
+
+
 def pack_vision(
   slices: Sequence[Sequence[Question]],
   *,

@@ -45,13 +45,18 @@ def questions(count: int, lengths: Lengths, layout: Layout) -> list[Question]:
 
   Their patches have one number; see `widen`.
   """
-  longest = _question(lengths.longest_prompt, lengths.most_visual, layout)
-  mean = _question(lengths.prompt, lengths.visual, layout)
-  return [longest, *(count - 1) * [mean]]
+  longest = _question(0, lengths.longest_prompt, lengths.most_visual, layout)
+  return [
+    longest,
+    *(
+      _question(i, lengths.prompt, lengths.visual, layout)
+      for i in range(1, count)
+    ),
+  ]
 
 
-def _question(tokens: int, visual: int, layout: Layout) -> Question:
-  """One picture, as nearly square as its visual tokens can be, then text."""
+def _question(i: int, tokens: int, visual: int, layout: Layout) -> Question:
+  """One picture of its own, as nearly square as its visual tokens can be, then text."""
   high = next((n for n in range(int(visual**0.5), 0, -1) if visual % n == 0), 1)
   side = layout.spatial_merge_size
   grid = np.array([[1, high * side, visual // high * side]][: visual > 0], int)
@@ -61,11 +66,11 @@ def _question(tokens: int, visual: int, layout: Layout) -> Question:
   ids[1 : visual + 1] = layout.image_token_id
   shape = (visual * layout.patches_per_token, 1)
   return Question(
-    question_id=0,
+    question_id=i,
     example=Example(problem="", answer=""),
     prompt_ids=ids,
     position_ids=mrope_positions(ids, grid, layout),
-    pixel_values=np.broadcast_to(np.float32(0), shape),
+    pixel_values=np.broadcast_to(np.float32(i), shape),
     image_grid_thw=grid,
   )
 

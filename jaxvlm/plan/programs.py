@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxvlm import encoder, learner, packing, sharding
+from jaxvlm import encoder, filling, learner, packing, sharding
 from jaxvlm.data.vision_layout import Layout, pack_vision
 from jaxvlm.learner import Learner
 from jaxvlm.models import Network
@@ -260,8 +260,7 @@ def _rollout(
     pad_id=0,
     banned=np.zeros(network.config.vocab_size, bool),
     layout=run.layout,
-    lengths=[len(q.prompt_ids) for q in asked],
-    patches=max(len(q.pixel_values) for q in asked),
+    known=filling.Known.of(filling.sizes_of(asked)),
     slots=run.slots,
   )
   beside, weights = dict(kept), params

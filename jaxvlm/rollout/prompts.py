@@ -1,7 +1,7 @@
 """Host side of prefill: prompts in packed rows, of few sizes."""
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,8 +19,9 @@ from jaxvlm.types import Features, Prompts, Question
 
 # Columns of a row, at least: several short prompts share it.
 _ROW = {"cpu": 256, "gpu": 2048, "tpu": 2048}
+_ROW_STEP = {"cpu": 16, "gpu": 128, "tpu": 128}  # in which rows are wider
+_PROMPT_STEP = {"cpu": 1, "gpu": 64, "tpu": 64}  # and a prompt's places more
 _BUCKETS = 3  # each is another prefill and other decode programs
-_SAMPLE = 128  # prompts that a row's width is tried on
 
 
 class Bucket(NamedTuple):
@@ -30,29 +31,34 @@ class Bucket(NamedTuple):
   row: int  # T
 
 
-def choose(lengths: Iterable[int]) -> tuple[Bucket, ...]:
-  """Few buckets, rising, that pad prompts of these lengths little; none: ()."""
-  found = np.sort(np.fromiter(lengths, np.int64))
-  if not found.size:
+def choose(known: filling.Known) -> tuple[Bucket, ...]:
+  """Few buckets, rising, that pad the batches tried little; none known: ()."""
+  if not known.batches:
     return ()
-  sizes, counts = np.unique(
-    [capacity(n, 16) for n in found.tolist()], return_counts=True
-  )
+  step = _PROMPT_STEP[sharding.backend()]
+  lengths = [batch[:, 0] for batch in known.batches]
+  longest = np.array([-(-own.max() // step) * step for own in lengths])
+  # None of those tried may have the prompt with most.
+  most = -(-max(known.tokens, int(longest.max())) // step) * step
 
-  def padded(chosen: tuple[int, ...]) -> int:
-    places = np.searchsorted(chosen, sizes)
-    return int(np.array(chosen)[places] @ counts)
+  def chosen(options: tuple[int, ...]) -> np.ndarray:
+    return np.array(options)[np.searchsorted(options, longest)]
 
-  *smaller, largest = sizes.tolist()
-  options = (
-    (*some, largest)
-    for count in range(_BUCKETS)
-    for some in itertools.combinations(smaller, count)
+  smaller = sorted(set(longest.tolist()) - {most})
+  best = min(
+    (
+      (*some, most)
+      for count in range(_BUCKETS)
+      for some in itertools.combinations(smaller, count)
+    ),
+    key=lambda options: chosen(options).sum(),
   )
-  return tuple(
-    Bucket(prompt, _row(found[found <= prompt], prompt))
-    for prompt in min(options, key=padded)
-  )
+  found = []
+  for prompt in best:
+    own = np.flatnonzero(chosen(best) == prompt)
+    tried = [lengths[i] for i in (own if own.size else range(len(lengths)))]
+    found.append(Bucket(prompt, _row(tried, prompt)))
+  return tuple(found)
 
 
 def find(buckets: Sequence[Bucket], longest: int) -> Bucket:
@@ -67,21 +73,19 @@ def _least(prompt: int) -> int:
   return capacity(max(prompt, _ROW[sharding.backend()]))
 
 
-def _row(lengths: Int[np.ndarray, " N"], prompt: int) -> int:
+def _row(batches: Sequence[Int[np.ndarray, " N"]], prompt: int) -> int:
   """The width, of those to twice the least, that such prompts fill best."""
-  places = np.linspace(0, len(lengths) - 1, _SAMPLE).astype(int)
-  tried = lengths[places][::-1].tolist()
   least = _least(prompt)
-  widths = sorted({capacity(n) for n in range(least, 2 * least + 1, 16)})
-  return min(widths, key=lambda width: _waste(tried, width))
+  widths = range(least, 2 * least + 1, _ROW_STEP[sharding.backend()])
 
+  def waste(width: int) -> float:
+    """Mean share of the rows read that means nothing."""
+    return sum(
+      1 - lengths.sum() / (len(filling.first_fit(lengths, width)) * width)
+      for lengths in batches
+    )
 
-def _waste(lengths: Sequence[int], width: int) -> float:
-  """Share of rows that stays empty, each prompt where it first fits."""
-  free = np.full(len(lengths), width)
-  for length in lengths:
-    free[np.argmax(free >= length)] -= length
-  return float(free[free < width].mean()) / width
+  return min(widths, key=waste)
 
 
 class Packed(NamedTuple):

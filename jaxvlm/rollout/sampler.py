@@ -1,7 +1,7 @@
 """The sampler: prompts once per question, and ended rows make room."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Int, Key
 from jaxvlm import compiling, sharding
 from jaxvlm.data.vision_layout import Layout
 from jaxvlm.encoder import Encoder
+from jaxvlm.filling import UNKNOWN, Known
 from jaxvlm.metrics import Metrics, add
 from jaxvlm.models import Network
 from jaxvlm.rollout import prompts
@@ -41,8 +42,8 @@ class Sampler:
 
   Attributes:
     encoder: sees the pictures of questions that have no features yet.
-    padding: columns of prompts and patches of lanes so far that mean nothing,
-      and all.
+    padding: columns of prompts, places of them in caches and patches of lanes
+      so far that mean nothing, and all.
   """
 
   def __init__(
@@ -54,8 +55,7 @@ class Sampler:
     pad_id: int,
     banned: np.ndarray,
     layout: Layout,
-    lengths: Iterable[int] = (),  # of the prompts to come, where known
-    patches: int = 0,  # of the one with most, likewise
+    known: Known = UNKNOWN,
     slots: int = 0,  # completions that decode at once; 0: all
   ):
     self.network = network
@@ -65,10 +65,10 @@ class Sampler:
     self.banned = jnp.asarray(banned)
     self.layout = layout
     self.encoder = Encoder(
-      network=network, mesh=mesh, layout=layout, patches=patches
+      network=network, mesh=mesh, layout=layout, known=known
     )
     self.slots = slots
-    self.buckets = prompts.choose(lengths)
+    self.buckets = prompts.choose(known)
     self._columns: Metrics = {}
 
   @property
@@ -89,7 +89,12 @@ class Sampler:
       bucket=bucket,
       layout=self.layout,
     )
-    self._columns = add(self._columns, {"padding/prompts": packed.padding})
+    places = packed.prompts.columns
+    counts: Metrics = {
+      "padding/prompts": packed.padding,
+      "padding/cache": (float((places < 0).sum()), float(places.size)),
+    }
+    self._columns = add(self._columns, counts)
     return packed
 
   def weights(self, params: Params) -> Weights:

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxvlm import filling
 from jaxvlm.data.vision_layout import token_places
 from jaxvlm.encoder import Encoder
+from jaxvlm.filling import UNKNOWN, Known
 from jaxvlm.rollout import prompts
 from jaxvlm.rollout.prompts import Bucket
 
@@ -105,30 +107,51 @@ def test_the_smallest_bucket_that_holds_the_longest_is_taken():
   assert prompts.find((), 100) == Bucket(128, 128)
 
 
-def test_buckets_are_those_that_pad_least():
-  lengths = [20] * 50 + [40] * 30 + [60] * 5 + [90] * 20
-  found = prompts.choose(lengths)
-  assert [bucket.prompt for bucket in found] == [24, 48, 96]
-  assert prompts.choose([]) == ()
-  assert [b.prompt for b in prompts.choose([33, 34])] == [48]
+def known(*batches):
+  """Prompts of these lengths, and no pictures."""
+  sizes = [np.stack([own, np.zeros_like(own)], 1) for own in batches]
+  return Known(int(max(map(np.max, batches))), 0, sizes)
+
+
+def test_buckets_are_those_that_pad_batches_least():
+  """A prompt takes the places of its batch's longest."""
+  batches = [np.array([5, longest]) for longest in (17, 18, 17, 40, 39, 90)]
+  found = prompts.choose(known(*batches))
+  assert [bucket.prompt for bucket in found] == [18, 40, 90]
+  assert prompts.choose(UNKNOWN) == ()
+  assert [b.prompt for b in prompts.choose(known(np.array([33, 34])))] == [34]
+
+
+def test_the_longest_prompt_has_a_bucket_though_no_batch_tried_has_it():
+  few = known(np.array([17, 18]))._replace(tokens=301)
+  assert [b.prompt for b in prompts.choose(few)] == [18, 301]
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-  st.lists(st.integers(1, 400), min_size=1, max_size=60),
+  st.lists(
+    st.lists(st.integers(1, 400), min_size=1, max_size=9).map(np.array),
+    min_size=1,
+    max_size=9,
+  )
 )
-def test_a_bucket_holds_every_prompt_and_rows_hold_a_bucket(lengths):
-  found = prompts.choose(lengths)
+def test_a_bucket_holds_every_prompt_and_rows_hold_a_bucket(batches):
+  found = prompts.choose(known(*batches))
   assert len(found) <= 3
   assert found == tuple(sorted(set(found)))
-  assert found[-1].prompt >= max(lengths)
+  assert found[-1].prompt >= max(map(np.max, batches))
   assert all(bucket.row >= max(bucket.prompt, ROW) for bucket in found)
 
 
-@pytest.mark.parametrize("low", [20, 60, 96, 150])
-def test_many_prompts_of_like_length_fill_their_rows(low, monkeypatch):
+@pytest.mark.parametrize("low", [14, 20, 60, 96, 150])
+@pytest.mark.parametrize("count", [96, 256])
+def test_a_batch_of_prompts_of_like_length_fills_its_rows(
+  low, count, monkeypatch
+):
   """At most 15 % of the columns that are read are padding."""
   monkeypatch.setitem(prompts._ROW, "cpu", 256)
-  lengths = np.random.default_rng(low).integers(low, low * 6 // 5, 256)
-  bucket = prompts.choose(lengths.tolist())[-1]
-  assert prompts._waste(lengths.tolist(), bucket.row) <= 0.15
+  random = np.random.default_rng(low)
+  tried, others = random.integers(low, low * 6 // 5, (2, 4, count))
+  bucket = prompts.choose(known(*tried))[-1]
+  rows = sum(len(filling.first_fit(other, bucket.row)) for other in others)
+  assert others.sum() >= 0.85 * rows * bucket.row

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxvlm.filling import Known, sizes_of
 from jaxvlm.models import Network
 from jaxvlm.nn.decoder import Embeds
 from jaxvlm.rollout import sampler as sampler_module
@@ -144,9 +145,10 @@ def test_padding_is_counted(make_sampler, mesh, params, questions, draws):
   assert sampler.padding == {}
   for count in (1, 2):
     sampler.sample(weights, questions, key=jax.random.key(0), draws=draws)
-    empty, size = sampler.padding["padding/prompts"]
     own = sum(len(q.prompt_ids) for q in questions)
-    assert size - empty == count * own
+    for name in ("padding/prompts", "padding/cache"):
+      empty, size = sampler.padding[name]
+      assert size - empty == count * own
     assert "padding/lanes" in sampler.padding
 
 
@@ -161,7 +163,7 @@ def test_batches_of_a_bucket_share_their_programs(
     pad_id=0,
     banned=banned,
     layout=layout,
-    lengths=[len(q.prompt_ids) for q in questions],
+    known=Known.of(sizes_of(questions)),
   )
   weights = sampler.weights(params)
   sizes = [
