@@ -9,24 +9,16 @@ import pytest
 from jaxvlm import compiling
 from jaxvlm import learner as learner_module
 from jaxvlm.data.vision_layout import mrope_positions
-from jaxvlm.learner import Learner
 from jaxvlm.packing import Packed
 from jaxvlm.types import Example, Experience, Question
-from tests.test_learner import ADAMW, OBJECTIVE, RATE
+from tests.learners import RATE, make_learner_fixture  # noqa: F401
 
 IMAGE = 5
 
 
 @pytest.fixture(scope="module")
-def learner(network, mesh, banned):
-  return Learner(
-    network=network,
-    mesh=mesh,
-    banned=banned,
-    frozen=(),
-    optimizer=ADAMW,
-    objective=OBJECTIVE,
-  )
+def learner(make_learner, mesh):
+  return make_learner(mesh)
 
 
 def make_question(layout, rows, cols, text, number=0):

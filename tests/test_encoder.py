@@ -12,10 +12,9 @@ from jaxvlm import learner as learner_module
 from jaxvlm import step, watch
 from jaxvlm.encoder import Encoder
 from jaxvlm.filling import Known
-from jaxvlm.learner import Learner
 from jaxvlm.packing import Packed
+from tests.learners import make_learner_fixture  # noqa: F401
 from tests.test_counters import experiences
-from tests.test_learner import ADAMW, OBJECTIVE
 
 families = pytest.mark.parametrize(
   "family", ["qwen2_5_vl", "qwen3_vl"], indirect=True
@@ -23,15 +22,8 @@ families = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def learner(network, mesh, banned):
-  return Learner(
-    network=network,
-    mesh=mesh,
-    banned=banned,
-    frozen=("vision_tower", "merger"),
-    optimizer=ADAMW,
-    objective=OBJECTIVE,
-  )
+def learner(make_learner, mesh):
+  return make_learner(mesh, frozen=("vision_tower", "merger"))
 
 
 @pytest.fixture(scope="module")

@@ -13,42 +13,13 @@ from flax import traverse_util
 from jaxvlm import learner as learner_module
 from jaxvlm import sharding
 from jaxvlm.data.vision_layout import pack_vision, token_places
-from jaxvlm.learner import Learner, Objective, Optimizer
 from jaxvlm.packing import Packed
 from jaxvlm.rl import kl, losses
 from jaxvlm.rl.surrogates import SURROGATES, importance_weights
 from jaxvlm.types import Experience
+from tests.learners import ADAMW, OBJECTIVE, RATE, make_learner_fixture  # noqa: F401
 
-OBJECTIVE = Objective(
-  kind="grpo",
-  temperature=0.7,
-  surrogate=(
-    ("clip_dual", 3.0),
-    ("clip_high", 0.3),
-    ("clip_low", 0.2),
-    ("name", "clip"),
-  ),
-  aggregation="token",
-  max_completion_length=8,
-  kl_coef=0.1,
-  kl_estimator="k3",
-  kl_limit=20.0,
-  entropy_coef=0.0,
-  importance=None,
-  importance_cap=1.5,
-  logprob_chunk=16,
-)
-# Without a first moment's memory, adam's mu is the clipped gradient itself.
-ADAMW = Optimizer(
-  name="adamw",
-  b1=0.0,
-  b2=0.9,
-  weight_decay=0.01,
-  clip_norm=1.0,
-  compensated=False,
-)
 MUON = dataclasses.replace(ADAMW, name="muon")
-RATE = 1e-3
 
 
 def flat(params):
@@ -154,21 +125,6 @@ class Naive:
 @pytest.fixture(scope="module")
 def naive(network, layout, banned):
   return Naive(network, layout, banned)
-
-
-@pytest.fixture(scope="module")
-def make_learner(network, banned):
-  def make(mesh, *, optimizer=ADAMW, objective=OBJECTIVE, frozen=()):
-    return Learner(
-      network=network,
-      mesh=mesh,
-      banned=banned,
-      frozen=frozen,
-      optimizer=optimizer,
-      objective=objective,
-    )
-
-  return make
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from jaxvlm.models import Network, find_family
 from jaxvlm.nn.block_attention import attend, of_segments, of_trees
 from jaxvlm.packing import Packed
 from tests.conftest import TINY
+from tests.learners import ADAMW, OBJECTIVE
 from tests.test_counters import experiences, make_question
-from tests.test_learner import ADAMW, OBJECTIVE
 from tools import operations
 from tools.operations import Batch
 
