@@ -1,5 +1,6 @@
 """Every test sees 8 virtual CPU devices, exact matmuls and strict arrays."""
 
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,6 +26,8 @@ from jaxvlm.types import Example, Question
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+# Tracing makes many objects and little garbage.
+gc.set_threshold(100_000, 50, 1000)
 
 IMAGE = 5
 IDS = {
@@ -97,6 +100,16 @@ GRIDS = (
   [],
   [(2, 6), (2, 4)],
 )
+
+
+def pytest_collection_modifyitems(items):
+  """Files of whole runs come first: what is left to share out last is short."""
+  runs = {item.path for item in items if "launch" in item.fixturenames}
+  items.sort(key=lambda item: item.path not in runs)
+
+
+def pytest_collection_finish():
+  gc.freeze()  # the libraries
 
 
 @pytest.fixture(scope="session", params=["qwen2_5_vl"])
