@@ -136,8 +136,12 @@ class Run:
 
 
 def make_row(random, i):
-  """A row as EasyR1 has them, with a response for SFT beside the answer."""
-  pixels = random.integers(0, 255, ((28, 56)[i % 2], 56, 3), dtype=np.uint8)
+  """A row as EasyR1 has them, with a response for SFT beside the answer.
+
+  Pictures are of two shapes, but of as many patches: few programs do.
+  """
+  size = ((28, 112), (56, 56))[i % 2]
+  pixels = random.integers(0, 255, (*size, 3), dtype=np.uint8)
   file = io.BytesIO()
   Image.fromarray(pixels).save(file, "PNG")
   return {
