@@ -13,6 +13,7 @@ import safetensors.numpy
 from jax._src import clusters
 
 from jaxvlm import hosts
+from jaxvlm.metrics import read_records
 from tests.runs import (  # noqa: F401
   ROOT,
   launch_fixture,
@@ -30,15 +31,15 @@ MESHES = {
   "tensor": ((1, 1, 8), 1),
   "hosts": ((2, 2, 2), 2),
 }
+EVALUATED = ("one", "hosts")
 # Two steps of one stage, with pictures and without anything that costs time.
 SMALL = (
   "schedule=('perceive',)",
   "stages.perceive.steps=2",
   "stages.perceive.updates_per_rollout=1",
   "stages.perceive.kl_coef=0.0",
-  "stages.perceive.metric=''",
+  "stages.perceive.metric=",
   "stages.perceive.promote=latest",
-  "evaluation.capabilities=()",
   "limits.blind_every=0",
   "log.tensorboard=False",
   "checkpoint.keep_last=3",
@@ -76,9 +77,11 @@ def begin_fixture(launch, project, eight_heads):
     axes = zip(("data", "fsdp", "tensor"), sizes, strict=True)
     shape = [f"mesh.{axis}={size}" for axis, size in axes]
     every = f"checkpoint.every={1 if mesh == 'mixed' else 2}"
+    asked = ("perceive",) if mesh in EVALUATED else ()
     argv = (
       *SMALL,
       every,
+      f"evaluation.capabilities={asked}",
       rows,
       eight_heads,
       f"workdir={workdir}",
@@ -180,6 +183,20 @@ def test_a_mesh_samples_the_same_tokens_and_learns_the_same(
   start = weights(pathlib.Path(eight_heads.partition("=")[2]))
   end, got = weights(finished["one"] / "hf"), weights(finished[mesh] / "hf")
   assert distance(end, got) < 1e-4 * distance(start, end)
+
+
+def test_hosts_answer_as_one_device_and_record_the_same(finished):
+  """A greedy and a sampled evaluation, and the step before any update."""
+  (start, step, *_), (start_8, step_8, *_) = (
+    read_records(finished[mesh] / "metrics.jsonl") for mesh in EVALUATED
+  )
+  assert start["kind"] == "eval" and start["metrics"] == start_8["metrics"]
+  for name in ("reward", "accuracy", "length", "truncated", "live_groups"):
+    assert step["metrics"][name] == step_8["metrics"][name]
+  one, hosts = (
+    (finished[mesh] / "samples.jsonl").read_bytes() for mesh in EVALUATED
+  )
+  assert one == hosts
 
 
 def test_the_start_says_what_each_device_holds_whole(finished):

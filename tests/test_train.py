@@ -247,39 +247,6 @@ def test_a_stage_draws_by_its_name_wherever_it_stands():
   assert data("perceive", 1) in keys
 
 
-def test_eight_devices_answer_as_one_and_learn_the_same(
-  launch, project, tmp_path
-):
-  """mesh (2, 2, 2) against one device: a greedy and a sampled evaluation,
-  one step of rollouts, and what two updates made of the weights."""
-  shared = ("schedule=('perceive',)", "stages.perceive.steps=1")
-  mesh = [f"mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
-  flags = launch.env["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
-  one, eight = tmp_path / "one", tmp_path / "eight"
-  runs = [
-    launch(f"workdir={one}", *shared),
-    launch(f"workdir={eight}", *shared, *mesh, XLA_FLAGS=flags),
-  ]
-  for run in runs:
-    status, _, err = run.wait()
-    assert status == 0, err
-
-  (start, step, _), (start_8, step_8, _) = records(one), records(eight)
-  assert start == start_8
-  for name in ("reward", "accuracy", "length", "truncated", "live_groups"):
-    assert step["metrics"][name] == step_8["metrics"][name]
-  assert (one / "samples.jsonl").read_bytes() == (
-    eight / "samples.jsonl"
-  ).read_bytes()
-  before, after, after_8 = (
-    safetensors.numpy.load_file(directory / "model.safetensors")
-    for directory in (project / "checkpoint", one / "hf", eight / "hf")
-  )
-  way = sum(np.square(after[n] - before[n]).sum() for n in before)
-  apart = sum(np.square(after[n] - after_8[n]).sum() for n in before)
-  assert 0 < apart < 1e-6 * way
-
-
 def test_the_export_loads_in_transformers_and_answers_greedily_as_here(
   undisturbed, project
 ):
@@ -352,6 +319,9 @@ def test_the_export_loads_in_transformers_and_answers_greedily_as_here(
     )
 
 
+# Neither a reference nor a look at whether the model sees.
+PLAIN = ("stages.reason.kl_coef=0.0", "limits.blind_every=0")
+
 FRAGILE = """
 import time
 
@@ -379,6 +349,7 @@ def test_a_reward_that_fails_is_named_until_there_are_too_many(
     "stages.reason.metric=",
     "rewards.timeout=0.3",
     "limits.failed_groups=10",
+    *PLAIN,
   ).wait()
   for why in ("raised ValueError: no A", "hung for more than", "returned nan"):
     assert f"reward '{file}:score' {why}" in out
@@ -404,6 +375,7 @@ def test_updates_that_are_not_finite_are_skipped_until_there_are_too_many(
     "evaluation.capabilities=()",
     "stages.reason.metric=",
     "limits.skipped_updates=1",
+    *PLAIN,
   ).wait()
   assert status == 1
   (line,) = err.strip().splitlines()
@@ -501,13 +473,17 @@ def test_a_model_that_does_not_see_is_stopped(
 
 
 def test_every_preset_trains(launch, project, tmp_path):
-  """One of them with a frozen tower, which is asked once a rollout."""
-  frozen = "gspo"
+  """All but one with a frozen tower, which is asked once a rollout."""
+  seeing = "gspo"
   status, _, err = launch(
     f"--config={project / 'config.py'}:presets",
     f"workdir={tmp_path}",
     "evaluation.capabilities=()",
-    f"stages.{frozen}.freeze=('vision_tower','merger')",
+    *(
+      f"stages.{name}.freeze=('vision_tower','merger')"
+      for name in presets.PRESETS
+      if name != seeing
+    ),
   ).wait()
   assert status == 0, err
   steps = {
@@ -516,10 +492,10 @@ def test_every_preset_trains(launch, project, tmp_path):
   spent = timings(tmp_path)
   assert steps.keys() == presets.PRESETS.keys()
   for name, metrics in steps.items():
-    assert (spent[name]["encode"] > 0.002) == (name == frozen), name
+    assert (spent[name]["encode"] > 0.002) == (name != seeing), name
     assert 0 <= spent[name]["host_stall"] < spent[name]["seconds"]
     assert 0 < metrics["padding/columns"] < 1
-    assert ("grad_norm/vision_tower" in metrics) == (name != frozen), name
+    assert ("grad_norm/vision_tower" in metrics) == (name == seeing), name
     assert metrics["grad_norm/decoder"] > 0, name
     assert metrics["update_skipped"] == 0, name
     assert ("kl" in metrics) == (presets.load(name)["kl_coef"] > 0), name
@@ -546,6 +522,7 @@ def test_groups_of_one_reward_are_replaced_and_a_kill_changes_nothing(
     "stages.reason.metric=''",
     "stages.reason.steps=4",
     "checkpoint.every=2",
+    *PLAIN,
   )
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   status, out, err = launch(*flags, f"workdir={whole}").wait()
@@ -584,6 +561,7 @@ def test_rows_are_chosen_ordered_and_counted_as_the_config_says(
     "stages.reason.data.rows.limit=20",
     "stages.reason.order=-number",
     "inputs.max_prompt_length=80",
+    *PLAIN,
   ).wait()
   assert status == 0, err
   assert (
