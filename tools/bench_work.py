@@ -58,6 +58,7 @@ SIZES = {
   "small": Sizes(questions=4, group=8, length=64),
   "medium": Sizes(questions=2, group=8, length=32),
   "gpu": Sizes(questions=8, group=8, length=256),
+  "gpu-512": Sizes(questions=64, group=8, length=256),
 }
 
 _TEXT = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6}
