@@ -376,14 +376,13 @@ def assert_same_update(found, expected, params):
     )
 
 
-@pytest.mark.parametrize(("tokens", "count"), [(32, 6), (96, 3)])
 def test_microbatches_padding_and_chunks_do_not_matter(
-  run, make_learner, make_packed, mesh, batch, base, params, tokens, count
+  run, make_learner, make_packed, mesh, batch, base, params
 ):
-  assert len(make_packed(mesh, tokens)) == count
+  assert len(make_packed(mesh, 96)) == 3
   objective = dataclasses.replace(OBJECTIVE, logprob_chunk=7)
   learner = make_learner(mesh, objective=objective)
-  found = run(learner, mesh, batch, tokens=tokens, change=pad)
+  found = run(learner, mesh, batch, tokens=96, change=pad)
   assert_same_update(found, base, params)
 
 

@@ -291,12 +291,12 @@ def test_a_trained_tower_tells_things_apart(
     scratch._tower_batch(processor, random.Random(seed), 64) for seed in (8, 9)
   ]
 
+  encode = jax.jit(network.encode)
+
   def error(weights):
     (x, y), (held_x, held_y) = [
       (
-        np.asarray(network.encode(weights, vision).tokens).reshape(
-          len(labels), -1
-        ),
+        np.asarray(encode(weights, vision).tokens).reshape(len(labels), -1),
         np.eye(len(worlds.THINGS))[labels[:, 0]],
       )
       for vision, labels in batches
