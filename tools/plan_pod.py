@@ -8,7 +8,9 @@ holds and does; the last line is the verdict. --config.FIELD=VALUE as for a run.
 """
 
 import copy
+import functools
 import json
+import operator
 import os
 import sys
 from collections.abc import Iterator
@@ -25,9 +27,10 @@ from jaxvlm import sharding
 from jaxvlm.plan import chips, hlo, planning
 from jaxvlm.plan.batch import Lengths
 from jaxvlm.plan.chips import GIB
+from jaxvlm.plan.compiler import Compiled
 from jaxvlm.plan.planning import Plan
 from jaxvlm.plan.programs import PARTS as PARTS_OF_A_RUN
-from jaxvlm.plan.programs import Compiled, Run
+from jaxvlm.plan.programs import Run
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 TOPOLOGY = flags.DEFINE_string(
@@ -48,7 +51,7 @@ PARTS = flags.DEFINE_list(
 )
 JSON = flags.DEFINE_bool("json", False, "A JSON line for each program, too.")
 SEARCH = flags.DEFINE_float(
-  "search", 0.0, "Seconds to look for a mesh and slots that fit; 0: none."
+  "search", 0.0, "Seconds to look for a mesh and sizes that fit; 0: none."
 )
 
 
@@ -127,13 +130,13 @@ def _run(config: dict[str, Any], devices: list[Any]) -> Run:
 def _tries(
   config: dict[str, Any], devices: list[Any]
 ) -> Iterator[tuple[dict[str, Any], Run]]:
-  name = STAGE.value or config["schedule"][0]
-  group = config["stages"][name]["num_completions"]
-  for overrides in planning.candidates(config, len(devices), group):
+  for overrides in planning.candidates(
+    config, len(devices), STAGE.value or config["schedule"][0]
+  ):
     changed = copy.deepcopy(config)
     for path, value in overrides.items():
-      owner, field = path.split(".")
-      changed[owner][field] = value
+      *owners, field = path.split(".")
+      functools.reduce(operator.getitem, owners, changed)[field] = value
     try:
       run = _run(changed, devices)
     except ValueError:

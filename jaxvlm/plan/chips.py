@@ -1,4 +1,11 @@
-"""The chips that a plan is for: what they hold, and how fast they are."""
+"""The chips that a plan is for: what they hold, and how fast they are.
+
+TPUs: the system architecture pages of Cloud TPU's documentation (v5e, v6e,
+v5p). Bytes a second of ICI are given there for all ports and both directions:
+400e9 on 4 ports (v5e), 800e9 on 4 (v6e), 1200e9 on 6 (v5p). HBM is what their
+compiler calls available. GPUs: NVIDIA's data sheets of A100 80GB, H100 and
+H200, all SXM; products of dense matrices, half of NVLink's both directions.
+"""
 
 import dataclasses
 import os
@@ -23,37 +30,39 @@ class Chip:
   links: float
 
 
-# Of the makers' data sheets; HBM is what the runtime leaves a program.
+# HBM of GPUs: the share that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION
+# says otherwise. Rings of v5e and v6e close at 16 chips, of v5p at 4: along a
+# shorter axis a chip at its end receives half.
 KINDS = {
   "TPU v5 lite": Chip(
     name="v5e",
     hbm=int(15.75 * GIB),
     flops=197e12,
     bandwidth=819e9,
-    links=90e9,
+    links=100e9,
   ),
   "TPU v6 lite": Chip(
     name="v6e",
     hbm=int(31.25 * GIB),
     flops=918e12,
-    bandwidth=1638e9,
-    links=180e9,
+    bandwidth=1640e9,
+    links=200e9,
   ),
   "TPU v5": Chip(
     name="v5p",
     hbm=int(95.74 * GIB),
     flops=459e12,
     bandwidth=2765e9,
-    links=180e9,
+    links=200e9,
   ),
   "NVIDIA A100": Chip(
-    name="A100", hbm=74 * GIB, flops=312e12, bandwidth=2039e9, links=300e9
+    name="A100", hbm=60 * GIB, flops=312e12, bandwidth=2039e9, links=300e9
   ),
   "NVIDIA H100": Chip(
-    name="H100", hbm=74 * GIB, flops=989e12, bandwidth=3350e9, links=450e9
+    name="H100", hbm=59 * GIB, flops=989e12, bandwidth=3350e9, links=450e9
   ),
   "NVIDIA H200": Chip(
-    name="H200", hbm=132 * GIB, flops=989e12, bandwidth=4800e9, links=450e9
+    name="H200", hbm=105 * GIB, flops=989e12, bandwidth=4800e9, links=450e9
   ),
   # No accelerator: for tests of the tool itself.
   "cpu": Chip(name="cpu", hbm=8 * GIB, flops=1e11, bandwidth=2e10, links=1e10),
@@ -61,7 +70,7 @@ KINDS = {
 
 
 def find(device: Any) -> Chip:
-  """The chip of a device.
+  """The chip of a device; a GPU, which is there, says itself what it leaves.
 
   Raises:
     ValueError: none of KINDS.
@@ -70,7 +79,8 @@ def find(device: Any) -> Chip:
     return KINDS[device.device_kind]
   for kind, chip in KINDS.items():
     if kind.startswith("NVIDIA") and device.device_kind.startswith(kind):
-      return chip
+      stats = device.memory_stats() or {}
+      return dataclasses.replace(chip, hbm=stats.get("bytes_limit", chip.hbm))
   raise ValueError(
     f"plan: no figures of {device.device_kind!r}; there are {', '.join(KINDS)}."
   )

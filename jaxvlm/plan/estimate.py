@@ -14,7 +14,8 @@ from jaxtyping import Int
 
 from jaxvlm.plan import batch
 from jaxvlm.plan.chips import Chip
-from jaxvlm.plan.programs import Compiled, Run, microbatches
+from jaxvlm.plan.compiler import Compiled
+from jaxvlm.plan.programs import Run, microbatches
 from jaxvlm.rollout import sampler
 
 FORWARD, BACKWARD = 4, 10  # operations for a pair and number of a head

@@ -13,11 +13,12 @@ from jax.sharding import Mesh
 
 from jaxvlm import models, sharding
 from jaxvlm.models import Network
-from jaxvlm.plan import estimate, programs, structure
+from jaxvlm.plan import compiler, estimate, programs, structure
 from jaxvlm.plan.batch import Lengths
 from jaxvlm.plan.chips import GIB, Chip
+from jaxvlm.plan.compiler import Compiled, Compiler, TooLarge
 from jaxvlm.plan.estimate import Estimate
-from jaxvlm.plan.programs import Compiled, Compiler, Run, TooLarge
+from jaxvlm.plan.programs import Run
 from jaxvlm.rollout import sampler
 from jaxvlm.stages import Stage
 
@@ -56,16 +57,20 @@ class Plan:
     return f"does not fit: {told}, {over:.1f} too much; {remedy(name)}"
 
 
+READS = ("gradient", "logprobs")  # of microbatches
+STATES = ("optimizer step", "optimizer state", "zeros")
+
+
 def remedy(name: str) -> str:
   """The knob that helps where this program takes most."""
   if name.startswith("evaluation"):
     return "fewer evaluation.batch_questions, or a larger mesh.tensor"
-  if name in ("gradient", "logprobs"):
+  if name in READS:
     return (
       "fewer stages.*.microbatch_tokens (a group is the least), "
       "model.remat=full, or a larger mesh.tensor"
     )
-  if name in ("optimizer step", "optimizer state", "zeros"):
+  if name in STATES:
     return "more chips on mesh.fsdp or mesh.tensor"
   return "fewer sampler.slots, or a larger mesh.tensor"
 
@@ -108,9 +113,15 @@ def make_run(
       f"stage: no {name!r}; there are {', '.join(config['stages'])}."
     )
   found = Stage(name=name, **config["stages"][name])
-  found.check_shards(sharding.data_shards(mesh), 1)
+  shards = sharding.data_shards(mesh)
+  found.check_shards(shards, 1)
   model = config["model"]
   fields = config["evaluation"]
+  if fields["batch_questions"] % shards:
+    raise ValueError(
+      f"evaluation.batch_questions: got {fields['batch_questions']}; expected "
+      f"a multiple of the {shards} data shards."
+    )
   return Run(
     network=Network(
       config=architecture,
@@ -142,20 +153,36 @@ def make(
   efficiency: float,
   parts: Collection[str] = programs.PARTS,
   done: Callable[[Compiled], None] = lambda one: None,
+  known: dict[str, Any] | None = None,
+  brief: bool = False,
 ) -> Plan:
-  """Compiles these parts of it; `done` is told of each program."""
+  """Compiles a run's programs and adds up what they hold and do.
+
+  Args:
+    run: whose.
+    chip: of its mesh.
+    efficiency: as in `estimate`.
+    parts: of programs.PARTS, those that are compiled.
+    done: is told of each program.
+    known: programs that were compiled for the mesh before; these are added.
+    brief: end at the first program that does not fit.
+  """
   jax.clear_caches()  # traces remember the mesh they were made for
   compiled: list[Compiled] = []
 
   def keep(one: Compiled) -> None:
     compiled.append(one)
     done(one)
+    if brief and one.memory.live > chip.hbm:
+      raise TooLarge(one.name, one.memory.live)
 
   failed = None
   with sharding.use(run.mesh):
     try:
-      compiler = Compiler(mesh=run.mesh, done=keep)
-      programs.compile_run(run, compiler, parts)
+      compile = Compiler(
+        mesh=run.mesh, done=keep, known={} if known is None else known
+      )
+      programs.compile_run(run, compile, parts)
     except TooLarge as error:
       failed = error
     told = None
@@ -186,7 +213,7 @@ def least(run: Run) -> int:
   )
   weights = sharding.abstract(mesh, network.shapes(), local)
   width = jnp.dtype(network.param_dtype).itemsize
-  per_number = programs.size(params) / width
+  per_number = compiler.size(params) / width
   state = per_number * (8 + 2 * stage.optimizer["compensated"] + 2 * width)
   text = network.config.text_config
   group, shards = stage.num_completions, run.shards
@@ -200,27 +227,47 @@ def least(run: Run) -> int:
   heads //= 1 if heads % mesh.shape["tensor"] else mesh.shape["tensor"]
   columns = run.lengths.longest_prompt + group * stage.max_completion_length
   cache = 4 * text.num_hidden_layers * heads * text.head_dim * columns
-  return int(state + programs.size(weights) + at_once * cache)
+  return int(state + compiler.size(weights) + at_once * cache)
 
 
 def candidates(
-  config: Mapping[str, Any], devices: int, group: int
+  config: Mapping[str, Any], devices: int, stage: str
 ) -> Iterator[dict[str, Any]]:
-  """Overrides to try, those that cost least time first."""
-  questions = config["stages"][config["schedule"][0]]["rollout_questions"]
+  """Overrides to try, those that cost least time first; slots change fastest."""
+  fields = config["stages"][stage]
+  questions, group = fields["rollout_questions"], fields["num_completions"]
+  asked = config["evaluation"]["batch_questions"]
   for tensor in (1, 2, 4, 8):
     if devices % tensor or questions % (devices // tensor):
       continue
     shards = devices // tensor
-    each = questions // shards
-    for part in (1, 2, 4, 8, 16, 32):
-      if part <= each:
-        yield {
-          "mesh.tensor": tensor,
-          "mesh.fsdp": shards,
-          "mesh.data": 1,
-          "sampler.slots": 0 if part == 1 else each // part * group * shards,
-        }
+    mesh = {"mesh.tensor": tensor, "mesh.fsdp": shards, "mesh.data": 1}
+    if asked % shards:
+      mesh["evaluation.batch_questions"] = -(-asked // shards) * shards
+    for less in _reliefs(config):
+      for part in (1, 2, 4, 8, 16, 32):
+        if part <= questions // shards:
+          slots = questions // shards // part * group * shards
+          slots = 0 if part == 1 else slots
+          yield mesh | less | {"sampler.slots": slots}
+
+
+def _reliefs(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+  """Overrides with which an update takes ever less memory, and more time."""
+  less: dict[str, Any] = {}
+  yield dict(less)
+  if config["model"]["remat"] != "full":
+    less["model.remat"] = "full"
+    yield dict(less)
+  smaller = {}
+  for name in config["schedule"]:
+    fields = config["stages"][name]
+    longest = fields["num_completions"] * fields["max_completion_length"]
+    longest += config["inputs"]["max_prompt_length"]
+    if longest < fields["microbatch_tokens"]:
+      smaller[f"stages.{name}.microbatch_tokens"] = longest
+  if smaller:
+    yield less | smaller
 
 
 def search(
@@ -233,6 +280,9 @@ def search(
 ) -> tuple[dict[str, Any], Plan] | None:
   """The first of these runs that fits; None: none did within the budget.
 
+  Fewer slots are no help where the update is too large, and change none of its
+  programs: those are compiled once.
+
   Args:
     tries: overrides, and the run with them.
     chip: of the mesh.
@@ -241,13 +291,20 @@ def search(
     told: of each that was compiled.
   """
   started = time.monotonic()
+  mesh, hopeless = None, None
+  known: dict[str, Any] = {}
   for overrides, run in tries:
     if time.monotonic() - started > budget:
       return None
-    if least(run) > chip.hbm:
+    rest = {k: x for k, x in overrides.items() if k != "sampler.slots"}
+    if rest == hopeless or least(run) > chip.hbm:
       continue
-    plan = make(run, chip, efficiency=efficiency)
+    if run.mesh != mesh:
+      mesh, known = run.mesh, {}
+    plan = make(run, chip, efficiency=efficiency, known=known, brief=True)
     told(overrides, plan)
     if plan.fits:
       return overrides, plan
+    if plan.largest[0] in (*READS, *STATES):
+      hopeless = rest
   return None

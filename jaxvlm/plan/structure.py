@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from jaxvlm.plan import hlo
-from jaxvlm.plan.programs import Compiled, Run
+from jaxvlm.plan.compiler import Compiled
+from jaxvlm.plan.programs import Run
 
 MIB = 1 << 20
 LARGE = 64 * MIB  # a parameter that no chip should hold whole
@@ -36,6 +37,10 @@ def _decode(one: Compiled) -> Iterator[str]:
   """No weights are gathered in the loop, and no cache is copied or moved."""
   weights, caches = _counts(one.held["weights"]), _counts(one.held["caches"])
   arrays = weights | caches
+  own = {
+    x.sharding.shard_shape(x.shape)
+    for x in jax.tree.leaves(one.held["weights"])
+  }
   module = one.module
   for loop in module.loops():
     if module.turns(loop) is not None:
@@ -49,6 +54,7 @@ def _decode(one: Compiled) -> Iterator[str]:
           break
         # A copy to the chip is how it is read.
         copied = kind in ("copy", "transpose") and many in caches
+        copied &= shape.dims not in own  # a weight may have as many numbers
         if copied and not line.shapes[0].on_chip and shape.bytes >= SMALL:
           yield f"{one.name}: {line.name} copies a cache, {shape}, in {where}."
           break

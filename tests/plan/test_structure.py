@@ -131,8 +131,11 @@ def test_a_kernel_attends_where_the_mesh_consists_of_tpus(plan):
   assert any("tpu_custom_call" in line for line in text)
 
 
-def _copies(on_chip: bool) -> list[str]:
-  """Faults of a decode loop that copies a cache of 2 MiB, in HBM or to the chip."""
+def _copies(on_chip: bool, *, weight: tuple[int, ...] = ()) -> list[str]:
+  """Faults of a decode loop that copies a cache of 2 MiB, in HBM or to the chip.
+
+  With weights of this shape.
+  """
   cache = "f32[4,1024,1,128]{3,2,1,0" + (":T(8,128)S(1)}" if on_chip else "}")
   text = f"""
 %body (p: f32[4,1024,1,128]) -> f32[4,1024,1,128] {{
@@ -150,15 +153,15 @@ ENTRY %main (a: f32[4,1024,1,128]) -> f32[4,1024,1,128] {{
   ROOT %w = f32[4,1024,1,128]{{3,2,1,0}} while(%a), condition=%condition, body=%body
 }}
 """
-  held = jax.ShapeDtypeStruct(
-    (4, 1024, 1, 128),
-    "float32",
-    sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  weights, cache = (
+    jax.ShapeDtypeStruct(shape, "float32", sharding=here)
+    for shape in (weight, (1024, 4, 1, 128))
   )
   one = types.SimpleNamespace(
     name="decode",
     module=hlo.Module(text),
-    held={"weights": (), "caches": held},
+    held={"weights": weights, "caches": cache},
   )
   return structure.faults(None, [one])
 
@@ -166,6 +169,10 @@ ENTRY %main (a: f32[4,1024,1,128]) -> f32[4,1024,1,128] {{
 def test_a_cache_that_a_step_copies_is_a_fault_and_its_reading_is_none():
   assert len(_copies(on_chip=False)) == 1
   assert _copies(on_chip=True) == []
+
+
+def test_a_weight_that_has_as_many_numbers_as_a_cache_is_none():
+  assert _copies(on_chip=False, weight=(4, 1024, 1, 128)) == []
 
 
 @needs_libtpu

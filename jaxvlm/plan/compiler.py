@@ -1,0 +1,169 @@
+"""Programs compiled for a mesh: what each holds on a chip, and does."""
+
+import dataclasses
+import hashlib
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxvlm.plan.hlo import Cost, Module
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+  """Bytes on a chip."""
+
+  arguments: int
+  outputs: int
+  aliased: int  # of the outputs, those that take an argument's place
+  temporaries: int
+  code: int
+  beside: Mapping[str, int]  # what else lives while the program runs
+
+  @property
+  def peak(self) -> int:
+    """Of the program alone."""
+    own = self.arguments + self.outputs - self.aliased
+    return own + self.temporaries + self.code
+
+  @property
+  def live(self) -> int:
+    return self.peak + sum(self.beside.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+  """A program that was compiled for the mesh; of one chip."""
+
+  name: str
+  memory: Memory
+  cost: Cost  # loops counted as often as they turn
+  flops: float  # as the compiler tells, each loop's body once
+  bytes: float
+  optimal_seconds: float | None  # None: it does not tell
+  seconds: float  # that compiling took
+  module: Module
+  # Bytes of its largest argument that is whole on every chip, and which.
+  replicated: tuple[int, str]
+  held: Mapping[str, Any]  # arrays, by name, that its structure is checked by
+  tokens: int  # of a chip; 0: it has no such thing
+
+
+class TooLarge(Exception):
+  """The compiler found no room for a program: bytes it would take."""
+
+  def __init__(self, name: str, needed: int):
+    super().__init__(name)
+    self.name, self.needed = name, needed
+
+
+@dataclasses.dataclass
+class Compiler:
+  """Compiles programs in the order of a step."""
+
+  mesh: Mesh
+  done: Callable[[Compiled], None]
+  # What was compiled for this mesh, by its text; a later plan may share it.
+  known: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __call__(
+    self,
+    name: str,
+    call: Any,
+    *arguments: Any,
+    beside: Mapping[str, Any] | None = None,
+    turns: float = 1.0,
+    held: Mapping[str, Any] | None = None,
+    tokens: int = 0,
+  ) -> Any:
+    """The program's outputs, as shapes that are placed on the mesh.
+
+    Args:
+      name: of the program.
+      call: jitted.
+      *arguments: shapes, and what is static.
+      beside: by name, arrays that live meanwhile and are no arguments.
+      turns: of a loop whose end is data.
+      held: as in Compiled.
+      tokens: likewise.
+
+    Raises:
+      TooLarge: it does not fit alone.
+    """
+    started = time.monotonic()
+    lowered = call.lower(*arguments)
+    compiled = self._compile(name, lowered)
+    stats, told = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    module = Module(compiled.as_text(), dynamic_turns=turns)
+    optimal = float(told.get("optimal_seconds", -1.0))
+    self.done(
+      Compiled(
+        name=name,
+        memory=Memory(
+          arguments=stats.argument_size_in_bytes,
+          outputs=stats.output_size_in_bytes,
+          aliased=stats.alias_size_in_bytes,
+          temporaries=stats.temp_size_in_bytes,
+          code=stats.generated_code_size_in_bytes,
+          beside={k: size(x) for k, x in (beside or {}).items()},
+        ),
+        cost=module.cost(),
+        flops=float(told.get("flops", 0.0)),
+        bytes=float(told.get("bytes accessed", 0.0)),
+        optimal_seconds=optimal if optimal >= 0 else None,
+        seconds=time.monotonic() - started,
+        module=module,
+        replicated=_replicated(arguments),
+        held=held or {},
+        tokens=tokens,
+      )
+    )
+    return jax.tree.map(
+      lambda out, placed: jax.ShapeDtypeStruct(
+        out.shape, out.dtype, sharding=placed
+      ),
+      lowered.out_info,
+      compiled.output_shardings,
+    )
+
+  def _compile(self, name: str, lowered: Any) -> Any:
+    text = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    if text not in self.known:
+      try:
+        self.known[text] = lowered.compile()
+      except jax.errors.JaxRuntimeError as error:
+        if found := re.search(
+          r"(?:Used |required for[\w ]*\()([\d.]+)([KMGT])", str(error)
+        ):
+          power = "KMGT".index(found.group(2)) + 1
+          needed = int(float(found.group(1)) * 1024**power)
+          raise TooLarge(name, needed) from error
+        raise
+    return self.known[text]
+
+
+def size(tree: Any) -> int:
+  """Bytes of arrays on one chip."""
+  total = 0
+  for x in jax.tree.leaves(tree):
+    if isinstance(x, jax.ShapeDtypeStruct):
+      total += int(np.prod(_shard(x))) * x.dtype.itemsize
+  return total
+
+
+def _shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+  return x.sharding.shard_shape(x.shape) if x.sharding else x.shape
+
+
+def _replicated(arguments: Any) -> tuple[int, str]:
+  found = [(0, "")]
+  for path, x in jax.tree_util.tree_leaves_with_path(arguments):
+    if isinstance(x, jax.ShapeDtypeStruct) and _shard(x) == x.shape:
+      bytes_ = int(np.prod(x.shape)) * x.dtype.itemsize
+      found.append((bytes_, jax.tree_util.keystr(path)))
+  return max(found)
