@@ -215,7 +215,9 @@ def stall(timing: Mapping[str, float], seconds: float) -> dict[str, float]:
   """Seconds of a step in which no device had anything to do.
 
   Rollout, logprobs and update keep the devices busy, and the host works beside
-  them; whatever else a step waits for are data, rewards and the host's books.
+  them; whatever else a step waits for are data, rewards, and groups that are
+  sorted and counted. What comes after a step (logs, evaluation, checkpoints) is
+  in none.
   """
   busy = ("encode", "rollout", "logprobs", "update")
   return {"host_stall": seconds - sum(timing.get(name, 0.0) for name in busy)}

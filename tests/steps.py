@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxvlm import step
+from jaxvlm.filling import UNKNOWN
 from jaxvlm.types import Rollout, Scores
 
 
@@ -18,7 +19,7 @@ def job_fixture(mesh, layout):
     processor=types.SimpleNamespace(
       layout=layout, decode=lambda ids: "-".join(map(str, ids))
     ),
-    largest=0,
+    known=UNKNOWN,
     matrix_sizes=(1000, 100),
   )
 

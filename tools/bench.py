@@ -19,7 +19,8 @@ One device. Each repetition waits for a quiet machine, begins with arrays on the
 ends with the result there; compilation is left out and told as first_call_s.
 Prints a table's row to stderr and a JSON line to stdout, whose `check` says that
 it was the same work: the losses and gradient norms of W3, the first numbers of
-W5, the largest error of W1's logprobs against `policy_logps`.
+W5, and of W1 and W2 the largest errors of the learner's logprobs against
+`policy_logps` and of the sampler's against the learner's.
 
 `flops` and `bytes` are what a repetition needs (operations.py says what counts);
 `matmul_gflops` and `bandwidth_gb_s` are what this machine gives to products of
@@ -67,7 +68,7 @@ from jaxvlm.learner import Learner, Objective, Optimizer
 from jaxvlm.packing import Packed
 from jaxvlm.rl import advantages
 from jaxvlm.rollout.sampler import Draws, Sampler
-from jaxvlm.types import Example, Experience, Params, Question
+from jaxvlm.types import Example, Experience, Params, Question, Rollout
 from tools import machine, operations
 
 METRICS = {
@@ -88,7 +89,6 @@ OPTIMIZER = Optimizer(
 )
 RATE = 1e-5
 QUIET = 0.1  # share of the cores that others may use
-LONGEST_WAIT = 60.0  # seconds for a quiet machine, before a repetition
 _HZ = os.sysconf("SC_CLK_TCK")
 
 
@@ -247,11 +247,17 @@ class Lab:
       -1, self.group, *self.arrays[name].shape[1:]
     )
 
-  def pack(self, questions: list[Question], ids: np.ndarray) -> Packed:
+  def pack(
+    self,
+    questions: list[Question],
+    ids: np.ndarray,
+    mask: np.ndarray | None = None,
+  ) -> Packed:
+    """Completions [B G R]; without a mask all have their full length."""
     return Packed(
       questions,
       ids.astype(np.int32),
-      np.ones(ids.shape, bool),
+      np.ones(ids.shape, bool) if mask is None else mask,
       tokens=self.microbatch_tokens,
       mesh=self.mesh,
       layout=self.layout,
@@ -262,7 +268,14 @@ class Lab:
     self, params: Params, questions: list[Question], ids: np.ndarray
   ) -> np.ndarray:
     """Those of completions that all have their full length, [B G R]."""
-    return self.learner.logprobs([params], self.pack(questions, ids))[0]
+    (found,) = self.learner.logprobs([params], self.pack(questions, ids))
+    return found
+
+  def sampler_gap(self, questions: list[Question], found: Rollout) -> float:
+    """The largest difference of the sampler's and the learner's logprobs."""
+    packed = self.pack(questions, found.completion_ids, found.completion_mask)
+    (own,) = self.learner.logprobs([self.params], packed)
+    return float(np.abs(own - found.sampler_logprobs).max())
 
   def encode(self, questions: list[Question]) -> list[np.ndarray]:
     """The tower's tokens of each question, in the order of a lane."""
@@ -314,6 +327,8 @@ def rollout(lab: Lab, *, limited: bool) -> Work:
     int(limits.sum()) if limited else len(questions) * lab.group * lab.length
   )
 
+  told: list[Rollout] = []
+
   def run() -> None:
     found = lab.sampler.sample(
       lab.sampler.weights(lab.params),
@@ -323,11 +338,15 @@ def rollout(lab: Lab, *, limited: bool) -> Work:
       limits=limits,
     )
     assert found.completion_mask.sum() == tokens
+    told[:] = [found]
 
   def check() -> dict[str, Any]:
     logprobs = lab.logprobs(lab.params, questions, lab.groups("completions"))
     error = np.abs(logprobs - lab.groups("policy_logps")).max()
-    return {"max_abs_logp_err": float(error)}
+    return {
+      "max_abs_logp_err": float(error),
+      "max_abs_sampler_gap": lab.sampler_gap(questions, *told),
+    }
 
   return run, tokens, check
 
@@ -515,13 +534,13 @@ def lap(since: tuple[float, float, float]) -> tuple[float, float]:
 
 
 def timed(
-  run: Callable[[], Any], reps: int
+  run: Callable[[], Any], reps: int, *, longest_wait: float
 ) -> tuple[list[float], list[float], float]:
   """Walls of the quiet repetitions, others' shares, seconds of the first."""
   started = time.perf_counter()
   run()
   first = time.perf_counter() - started
-  return *repeated(run, reps, longest_wait=LONGEST_WAIT), first
+  return *repeated(run, reps, longest_wait=longest_wait), first
 
 
 def repeated(
@@ -544,7 +563,9 @@ def repeated(
   return [w for w, _ in kept], [o for _, o in kept]
 
 
-def machine_limit(lab: Lab, work: str, seconds: float) -> dict[str, float]:
+def machine_limit(
+  lab: Lab, work: str, seconds: float, *, longest_wait: float
+) -> dict[str, float]:
   """What a repetition needs, what the machine gives, and the share reached."""
   need = operations.of_work(
     work, lab.network, lab.arrays, at_once=lab.microbatch_tokens
@@ -555,7 +576,7 @@ def machine_limit(lab: Lab, work: str, seconds: float) -> dict[str, float]:
     rate = machine.matmul_rate(need.products, lab.dtype)
     found.append((rate, machine.bandwidth()))
 
-  _, others = repeated(measure, 1, longest_wait=LONGEST_WAIT)
+  _, others = repeated(measure, 1, longest_wait=longest_wait)
   rate, bandwidth = (max(x) for x in zip(*found, strict=True))
   limit = machine.limit(need, rate, bandwidth)
   return {
@@ -590,6 +611,12 @@ def main() -> None:
   parser.add_argument("--work", required=True, choices=sorted(METRICS))
   parser.add_argument("--work-dir", required=True, type=pathlib.Path)
   parser.add_argument("--reps", type=int, help="repetitions that count")
+  parser.add_argument(
+    "--wait",
+    type=float,
+    default=60.0,
+    help="seconds to wait for a quiet machine, before a repetition",
+  )
   parser.add_argument("--microbatch_tokens", type=int, default=2048)
   parser.add_argument("--remat", default="dots", choices=models.REMAT)
   parser.add_argument(
@@ -612,7 +639,7 @@ def main() -> None:
   )
   run, amount, check = WORKS[given.work](lab)
   reps = given.reps or REPS.get(given.model.rpartition("-")[2], 5)
-  walls, others, first = timed(run, reps)
+  walls, others, first = timed(run, reps, longest_wait=given.wait)
   values = walls if given.work == "W4" else [amount / w for w in walls]
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
   tally = compiling.tally()
@@ -629,6 +656,7 @@ def main() -> None:
     "higher_is_better": given.work != "W4",
     "dtype": lab.dtype,
     "remat": given.remat,
+    "microbatch_tokens": given.microbatch_tokens,
     "peak_rss_mb": round(peak, 1),
     **surroundings(),
     "walls_s": [round(w, 4) for w in walls],
@@ -638,7 +666,9 @@ def main() -> None:
     "compiled": tally.programs - tally.cached,
     "cached": tally.cached,
     "compile_s": round(tally.seconds, 2),
-    **machine_limit(lab, given.work, statistics.median(walls)),
+    **machine_limit(
+      lab, given.work, statistics.median(walls), longest_wait=given.wait
+    ),
     "check": check(),
   }
   print(

@@ -116,13 +116,12 @@ def inputs(policy, ids):
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-  monkeypatch.setattr(bench, "LONGEST_WAIT", 0.0)
   monkeypatch.setattr(machine, "SECONDS", 0.001)
   monkeypatch.setattr(machine, "ARRAY", 1 << 16)
 
   def one(work, *more):
-    flags = (f"--work={work}", f"--work-dir={folder}", "--reps=2", *more)
-    monkeypatch.setattr(sys, "argv", ["bench", "--model=small", *flags])
+    flags = (f"--work={work}", f"--work-dir={folder}", "--reps=2", "--wait=0")
+    monkeypatch.setattr(sys, "argv", ["bench", "--model=small", *flags, *more])
     bench.main()
     return json.loads(capsys.readouterr().out)
 
@@ -137,6 +136,7 @@ def test_every_work_is_done_and_checked(run, work):
   check = line["check"]
   if work in ("W1", "W2"):
     assert check["max_abs_logp_err"] < 1e-4
+    assert 0 < check["max_abs_sampler_gap"] < 1e-4
   if work == "W3":
     # Ratios of exp(0.1) clip neither side: the mean of -A r is 0.
     assert abs(check["loss1"] - 0.01 * check["kl1"]) < 1e-5
@@ -188,7 +188,9 @@ def test_the_machine_is_measured_after_all_that_is_told(run, monkeypatch):
     call = getattr(module, name)
     monkeypatch.setattr(
       *(module, name),
-      lambda *args, call=call, name=name: told.append(name) or call(*args),
+      lambda *args, call=call, name=name, **named: (
+        told.append(name) or call(*args, **named)
+      ),
     )
   run("W5", "--compilation_cache=")
   # The last two again, where others were busy.
