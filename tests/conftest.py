@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
   + " --xla_force_host_platform_device_count=8"
   + " --xla_backend_optimization_level=0"
   + " --xla_cpu_use_fusion_emitters=false"
+  + " --xla_cpu_parallel_codegen_split_count=1"  # workers take the cores
 )
 
 import jax

@@ -56,7 +56,8 @@ class Launcher:
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
       # Compiling these programs takes longer than running them.
       "XLA_FLAGS": "--xla_backend_optimization_level=0"
-      " --xla_cpu_use_fusion_emitters=false",
+      " --xla_cpu_use_fusion_emitters=false"
+      " --xla_cpu_parallel_codegen_split_count=1",
     }
     script = pathlib.Path(__file__).with_name("launcher.py")
     self.command = [sys.executable, str(script)]
