@@ -21,9 +21,11 @@ from jax.sharding import Mesh
 
 from jaxvlm import sharding
 from jaxvlm.data.vision_layout import Layout, mrope_positions
+from jaxvlm.learner import Learner
 from jaxvlm.models import Network, find_family
 from jaxvlm.rollout.sampler import Draws, Sampler
 from jaxvlm.types import Example, Question
+from tests.learners import ADAMW, OBJECTIVE
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -219,6 +221,21 @@ def make_sampler(network, layout, banned):
       banned=banned,
       layout=layout,
       slots=slots,
+    )
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def make_learner(network, banned):
+  def make(mesh, *, optimizer=ADAMW, objective=OBJECTIVE, frozen=()):
+    return Learner(
+      network=network,
+      mesh=mesh,
+      banned=banned,
+      frozen=frozen,
+      optimizer=optimizer,
+      objective=objective,
     )
 
   return make

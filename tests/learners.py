@@ -1,8 +1,6 @@
-"""For tests of an update: what it minimises, by what steps, and a learner."""
+"""For tests of an update: what it minimises, and by what steps."""
 
-import pytest
-
-from jaxvlm.learner import Learner, Objective, Optimizer
+from jaxvlm.learner import Objective, Optimizer
 
 OBJECTIVE = Objective(
   kind="grpo",
@@ -33,18 +31,3 @@ ADAMW = Optimizer(
   compensated=False,
 )
 RATE = 1e-3
-
-
-@pytest.fixture(scope="module", name="make_learner")
-def make_learner_fixture(network, banned):
-  def make(mesh, *, optimizer=ADAMW, objective=OBJECTIVE, frozen=()):
-    return Learner(
-      network=network,
-      mesh=mesh,
-      banned=banned,
-      frozen=frozen,
-      optimizer=optimizer,
-      objective=objective,
-    )
-
-  return make

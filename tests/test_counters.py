@@ -11,7 +11,7 @@ from jaxvlm import learner as learner_module
 from jaxvlm.data.vision_layout import mrope_positions
 from jaxvlm.packing import Packed
 from jaxvlm.types import Example, Experience, Question
-from tests.learners import RATE, make_learner_fixture  # noqa: F401
+from tests.learners import RATE
 
 IMAGE = 5
 

@@ -13,7 +13,6 @@ from jaxvlm import step, watch
 from jaxvlm.encoder import Encoder
 from jaxvlm.filling import Known
 from jaxvlm.packing import Packed
-from tests.learners import make_learner_fixture  # noqa: F401
 from tests.test_counters import experiences
 
 families = pytest.mark.parametrize(

@@ -4,12 +4,13 @@ import collections
 import json
 import types
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from configs import common
 from jaxvlm import job
-from jaxvlm.data.loader import Loader
+from jaxvlm.data.loader import Loader, Source
 from jaxvlm.data.rows import row_id
 from jaxvlm.data.sources.files import source
 from jaxvlm.display import Display
@@ -198,3 +199,26 @@ def test_a_number_that_cannot_be_is_refused_by_its_field(
     ValueError, match=rf"^{field}: got {value}; expected {expected}\.$"
   ):
     job._check_numbers(numbers)
+
+
+def test_batches_are_tried_as_the_stages_will_draw_them(make_mesh):
+  """Each data shard's share of a step, in the sources' proportions."""
+
+  def rows(weight, size):
+    return Source(weight, (), np.zeros(0, int), (), np.array([size]))
+
+  named = {"shown": rows(3.0, (10, 4)), "text": rows(1.0, (20, 0))}
+  made = types.SimpleNamespace(
+    mesh=make_mesh(2, 1, 1),
+    schedule=[
+      types.SimpleNamespace(name="learn", kind="sft"),
+      types.SimpleNamespace(name="ask", kind="grpo", rollout_questions=16),
+    ],
+    sources={"ask": named},
+    held_out=(),
+    config={"evaluation": {"batch_questions": 4}},
+  )
+  found = list(job.Job._tried(made))
+  assert found
+  for batch in found:
+    assert batch.tolist() == 6 * [[10, 4]] + 2 * [[20, 0]]

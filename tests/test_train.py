@@ -473,17 +473,13 @@ def test_a_model_that_does_not_see_is_stopped(
 
 
 def test_every_preset_trains(launch, project, tmp_path):
-  """All but one with a frozen tower, which is asked once a rollout."""
-  seeing = "gspo"
+  """One of them with a frozen tower, which is asked once a rollout."""
+  frozen = "gspo"
   status, _, err = launch(
     f"--config={project / 'config.py'}:presets",
     f"workdir={tmp_path}",
     "evaluation.capabilities=()",
-    *(
-      f"stages.{name}.freeze=('vision_tower','merger')"
-      for name in presets.PRESETS
-      if name != seeing
-    ),
+    f"stages.{frozen}.freeze=('vision_tower','merger')",
   ).wait()
   assert status == 0, err
   steps = {
@@ -492,10 +488,10 @@ def test_every_preset_trains(launch, project, tmp_path):
   spent = timings(tmp_path)
   assert steps.keys() == presets.PRESETS.keys()
   for name, metrics in steps.items():
-    assert (spent[name]["encode"] > 0.002) == (name != seeing), name
+    assert (spent[name]["encode"] > 0.002) == (name == frozen), name
     assert 0 <= spent[name]["host_stall"] < spent[name]["seconds"]
     assert 0 < metrics["padding/columns"] < 1
-    assert ("grad_norm/vision_tower" in metrics) == (name == seeing), name
+    assert ("grad_norm/vision_tower" in metrics) == (name != frozen), name
     assert metrics["grad_norm/decoder"] > 0, name
     assert metrics["update_skipped"] == 0, name
     assert ("kl" in metrics) == (presets.load(name)["kl_coef"] > 0), name

@@ -265,17 +265,14 @@ class Lab:
     )
 
   def logprobs(
-    self, params: Params, questions: list[Question], ids: np.ndarray
+    self,
+    params: Params,
+    questions: list[Question],
+    ids: np.ndarray,
+    mask: np.ndarray | None = None,
   ) -> np.ndarray:
-    """Those of completions that all have their full length, [B G R]."""
-    (found,) = self.learner.logprobs([params], self.pack(questions, ids))
-    return found
-
-  def sampler_gap(self, questions: list[Question], found: Rollout) -> float:
-    """The largest difference of the sampler's and the learner's logprobs."""
-    packed = self.pack(questions, found.completion_ids, found.completion_mask)
-    (own,) = self.learner.logprobs([self.params], packed)
-    return float(np.abs(own - found.sampler_logprobs).max())
+    """Those of completions, [B G R], as `pack` takes them."""
+    return self.learner.logprobs([params], self.pack(questions, ids, mask))[0]
 
   def encode(self, questions: list[Question]) -> list[np.ndarray]:
     """The tower's tokens of each question, in the order of a lane."""
@@ -343,9 +340,14 @@ def rollout(lab: Lab, *, limited: bool) -> Work:
   def check() -> dict[str, Any]:
     logprobs = lab.logprobs(lab.params, questions, lab.groups("completions"))
     error = np.abs(logprobs - lab.groups("policy_logps")).max()
+    (found,) = told
+    own = lab.logprobs(
+      lab.params, questions, found.completion_ids, found.completion_mask
+    )
+    gap = np.abs(own - found.sampler_logprobs).max()
     return {
       "max_abs_logp_err": float(error),
-      "max_abs_sampler_gap": lab.sampler_gap(questions, *told),
+      "max_abs_sampler_gap": float(gap),
     }
 
   return run, tokens, check

@@ -45,18 +45,22 @@ def questions(count: int, lengths: Lengths, layout: Layout) -> list[Question]:
 
   Their patches have one number; see `widen`.
   """
-  longest = _question(0, lengths.longest_prompt, lengths.most_visual, layout)
+  longest = _question(lengths.longest_prompt, lengths.most_visual, layout)
+  mean = _question(lengths.prompt, lengths.visual, layout)
+  shape = mean.pixel_values.shape
   return [
     longest,
-    *(
-      _question(i, lengths.prompt, lengths.visual, layout)
+    *(  # each has a picture of its own, which is encoded for itself
+      dataclasses.replace(
+        mean, pixel_values=np.broadcast_to(np.float32(i), shape)
+      )
       for i in range(1, count)
     ),
   ]
 
 
-def _question(i: int, tokens: int, visual: int, layout: Layout) -> Question:
-  """One picture of its own, as nearly square as its visual tokens can be, then text."""
+def _question(tokens: int, visual: int, layout: Layout) -> Question:
+  """One picture, as nearly square as its visual tokens can be, then text."""
   high = next((n for n in range(int(visual**0.5), 0, -1) if visual % n == 0), 1)
   side = layout.spatial_merge_size
   grid = np.array([[1, high * side, visual // high * side]][: visual > 0], int)
@@ -66,11 +70,11 @@ def _question(i: int, tokens: int, visual: int, layout: Layout) -> Question:
   ids[1 : visual + 1] = layout.image_token_id
   shape = (visual * layout.patches_per_token, 1)
   return Question(
-    question_id=i,
+    question_id=0,
     example=Example(problem="", answer=""),
     prompt_ids=ids,
     position_ids=mrope_positions(ids, grid, layout),
-    pixel_values=np.broadcast_to(np.float32(i), shape),
+    pixel_values=np.broadcast_to(np.float32(0), shape),
     image_grid_thw=grid,
   )
 

@@ -79,7 +79,7 @@ def _row(batches: Sequence[Int[np.ndarray, " N"]], prompt: int) -> int:
   widths = range(least, 2 * least + 1, _ROW_STEP[sharding.backend()])
 
   def waste(width: int) -> float:
-    """Mean share of the rows read that means nothing."""
+    """Shares of the rows read that mean nothing, summed."""
     return sum(
       1 - lengths.sum() / (len(filling.first_fit(lengths, width)) * width)
       for lengths in batches

@@ -70,7 +70,7 @@ def test_a_plan_refuses_batches_of_an_evaluation_that_do_not_divide():
     )
 
 
-def searched(monkeypatch, largest, **kwargs):
+def searched(monkeypatch, largest, budget=60.0):
   """What a search over five tries planned, given each try's largest program."""
   meshes = [object(), object()]
   tries = [
@@ -100,7 +100,7 @@ def searched(monkeypatch, largest, **kwargs):
     ),
     CHIP,
     efficiency=0.5,
-    budget=kwargs.pop("budget", 60.0),
+    budget=budget,
     told=lambda overrides, plan: planned.append(tuple(overrides.values())),
   )
   return found and tuple(found[0].values()), planned, shared
