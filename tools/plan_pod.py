@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if __name__ == "__main__":
+  sys.path[0] = os.getcwd()  # as python -m has it: configs import each other
 
 from absl import app, flags
 from ml_collections import config_flags
