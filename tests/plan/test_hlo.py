@@ -77,6 +77,19 @@ ENTRY %main (a: f32[1024]) -> f32[1024] {
   assert hlo.Module(text).cost().bytes == 2 * 4096
 
 
+def test_a_part_that_is_fetched_ahead_counts_alone():
+  """On TPUs weights and caches come to the chip in slices of a few MiB."""
+  text = """
+ENTRY %main (a: f32[1024]) -> f32[256] {
+  %a = f32[1024]{0} parameter(0)
+  %b = ((f32[1024]{0}), f32[256]{0:T(256)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:256]}
+  %c = f32[256]{0:T(256)S(1)} slice-done(%b)
+  ROOT %d = f32[256]{0} negate(%c)
+}
+"""
+  assert hlo.Module(text).cost().bytes == 1024 + 1024
+
+
 def test_a_window_counts_what_it_meets_alone():
   """Padding that makes every output see one input is no work."""
   line = (
