@@ -259,7 +259,10 @@ class Network:
     position_ids: Int[Array, "3 R T"],
     tree_ids: Int[Array, "R T"],
   ) -> tuple[Float[Array, "R T D"], list[KVCache]]:
-    """Hidden states of packed prompts as in `forward`, and K and V by layer."""
+    """Hidden states of packed prompts as in `forward`, and K and V by layer.
+
+    Those are [R K T H].
+    """
     decoder = _merge(self.skeleton.language_model, params["language_model"])
     x, caches = decoder(
       embeds,
@@ -271,14 +274,11 @@ class Network:
     return x, [_layer(caches, i) for i in range(self._num_layers)]
 
   def init_cache(self, Q: int, G: int, C: int) -> list[KVCache]:
-    """Empty buffers for G completions of C tokens, [Q G C K H] a layer."""
+    """Empty buffers for G completions of C tokens, [Q K G C H] a layer."""
     text = self.config.text_config
-    shape = (Q, G, C, text.num_key_value_heads, text.head_dim)
-    axes = ("question", None, None, "kv_heads", "head_dim")
+    shape = (Q, text.num_key_value_heads, G, C, text.head_dim)
     return [
-      jax.tree.map(
-        lambda x: constrain(x, *axes), kv_cache.empty(shape, self.dtype)
-      )
+      kv_cache.laid(kv_cache.empty(shape, self.dtype))
       for _ in range(self._num_layers)
     ]
 

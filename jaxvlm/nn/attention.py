@@ -25,16 +25,16 @@ def attend_group(
 ) -> Float[Array, "Q G N H"]:
   """Attention of one new token of each completion: two products, one softmax.
 
-  The prompt's keys, [Q P K H], are read once for all G completions of it; the
-  completions' own are [Q G C K H]. Heads are split as the caches' are, and all
+  The prompt's keys, [Q K P H], are read once for all G completions of it; the
+  completions' own are [Q K G C H]. Heads are split as the caches' are, and all
   on each device where those do not divide: else the caches would travel.
   """
-  query = rearrange(query, "Q G (K R) H -> Q G K R H", K=prompt.keys.shape[2])
-  query = constrain(query, "question", None, "kv_heads", None, "head_dim")
+  query = rearrange(query, "Q G (K R) H -> Q K G R H", K=prompt.keys.shape[1])
+  query = constrain(query, "question", "kv_heads", None, None, "head_dim")
   scores = jnp.concatenate(
     [
-      scale_product("qgkrh,qpkh->qgkrp", query, prompt.keys),
-      scale_product("qgkrh,qgckh->qgkrc", query, completion.keys),
+      scale_product("qkgrh,qkph->qkgrp", query, prompt.keys),
+      scale_product("qkgrh,qkgch->qkgrc", query, completion.keys),
     ],
     axis=-1,
   )
@@ -43,9 +43,9 @@ def attend_group(
   weights = _softmax(scores, mask[:, None, None, None, :])
   weights = weights.astype(prompt.values.dtype)
   out = jnp.einsum(
-    "qgkrp,qpkh->qgkrh", weights[..., :length], prompt.values
-  ) + jnp.einsum("qgkrc,qgckh->qgkrh", weights[..., length:], completion.values)
-  return rearrange(out, "Q G K R H -> Q G (K R) H")
+    "qkgrp,qkph->qkgrh", weights[..., :length], prompt.values
+  ) + jnp.einsum("qkgrc,qkgch->qkgrh", weights[..., length:], completion.values)
+  return rearrange(out, "Q K G R H -> Q G (K R) H")
 
 
 def _softmax(
@@ -104,7 +104,7 @@ class Attention(nnx.Module):
   ) -> tuple[Float[Array, "B T D"], KVCache]:
     query, new = self._project(x, angles)
     out = attend(query, new.keys, new.values)
-    return self.o_proj(out), new
+    return self.o_proj(out), kv_cache.heads_first(new)
 
   def decode(
     self,

@@ -1,4 +1,8 @@
-"""Keys and values that later queries read."""
+"""Keys and values that later queries read: heads before columns.
+
+So decoding's products read them as they lie. With heads beside each other in a
+column, a CPU would turn every cache around in memory in each step.
+"""
 
 from typing import Any
 
@@ -14,7 +18,7 @@ from jaxvlm.sharding import constrain
 class KVCache:
   """Keys (rotated) and values of one layer.
 
-  Prompts: [Q P K H], once per question. Completions: [Q G C K H], each from
+  Prompts: [Q K P H], once per question. Completions: [Q K G C H], each from
   column 0 of its own buffer, so that all rows write the same column.
   """
 
@@ -23,16 +27,30 @@ class KVCache:
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> KVCache:
-  """A buffer of zeros of shape [... K H]."""
+  """A buffer of zeros."""
   return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+
+
+def laid(cache: KVCache) -> KVCache:
+  """It, on the mesh as its questions and heads are: [Q K ... H]."""
+
+  def one(x: jax.Array) -> jax.Array:
+    between = (None,) * (x.ndim - 3)
+    return constrain(x, "question", "kv_heads", *between, "head_dim")
+
+  return jax.tree.map(one, cache)
+
+
+def heads_first(new: KVCache) -> KVCache:
+  """K and V as a layer projects them, [Q T K H], as a cache has them."""
+  return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), new)
 
 
 def write(cache: KVCache, new: KVCache, column: Int[Array, ""]) -> KVCache:
   """Puts the K and V of one token of every row, [Q G K H], at `column`."""
 
   def put(buffer: jax.Array, x: jax.Array) -> jax.Array:
-    x = jnp.expand_dims(x, 2).astype(buffer.dtype)
-    found = jax.lax.dynamic_update_slice_in_dim(buffer, x, column, axis=2)
-    return constrain(found, "question", None, None, "kv_heads", "head_dim")
+    x = jnp.expand_dims(x, 3).astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, x, column, axis=3)
 
-  return jax.tree.map(put, cache, new)
+  return laid(jax.tree.map(put, cache, heads_first(new)))

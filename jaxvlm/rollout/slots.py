@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxvlm.models import Network
+from jaxvlm.nn import kv_cache
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.rl.logprobs import token_logits
 from jaxvlm.rollout.sampling import draw, draw_keys
-from jaxvlm.sharding import RULES, constrain, pin, sharding
+from jaxvlm.sharding import RULES, pin, sharding
 from jaxvlm.types import Features, Params, Prompts, record
 
 
@@ -52,7 +53,7 @@ class Slots:
   begun: Int[Array, " B"]  # clock of the first token
   following: Int[Array, "B 3"]  # position of the first token
   prompt_mask: Bool[Array, "B P"]
-  prompts: list[KVCache]  # [B P K H] a layer
+  prompts: list[KVCache]  # [B K P H] a layer
   keys: Key[Array, "B W"]
   limits: Int[Array, "B W"]  # tokens that a completion may have
   ended: Bool[Array, "B W"]
@@ -127,7 +128,7 @@ def prefill(
 def _read(
   program: Program, weights: Params, prompts: Prompts, reads: Int[Array, ""]
 ) -> tuple[Float[Array, "B D"], list[KVCache]]:
-  """Hidden state of each prompt's last token, and its K and V, [B P K H]."""
+  """Hidden state of each prompt's last token, and its K and V, [B K P H]."""
   network = program.network
   rows, room, width = prompts.ids.shape
   columns = prompts.columns.reshape(rows, -1, prompts.columns.shape[1])
@@ -154,7 +155,7 @@ def _read(
     )
     caches = jax.tree.map(
       lambda cache, own: jax.lax.dynamic_update_index_in_dim(
-        cache, own, u, axis=1
+        cache, own, u, axis=2
       ),
       caches,
       new,
@@ -172,16 +173,17 @@ def _read(
   hidden, caches = jax.lax.fori_loop(0, reads, read, start)
 
   def gather(cache: Array) -> Array:
-    flat = cache.reshape(rows, room * width, *cache.shape[3:])
-    found = jax.vmap(lambda x, i: x[i])(flat, jnp.maximum(columns, 0))
-    return found.reshape(*prompts.columns.shape, *cache.shape[3:])
+    flat = cache.reshape(*cache.shape[:2], room * width, -1)
+    of_row = jax.vmap(lambda x, i: x[:, i], (None, 0))
+    found = jax.vmap(of_row)(flat, jnp.maximum(columns, 0))
+    return found.reshape(-1, *found.shape[2:])
 
   return hidden.reshape(-1, hidden.shape[-1]), jax.tree.map(gather, caches)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def empty_caches(program: Program, shape: tuple[int, int]) -> list[KVCache]:
-  """Buffers for the completions of B blocks of W slots, [B W C K H] a layer."""
+  """Buffers for the completions of B blocks of W slots, [B K W C H] a layer."""
   length = program.draws.max_completion_length
   return program.network.init_cache(*shape, length)
 
@@ -326,6 +328,9 @@ def regroup(
     flat = x.reshape(-1, *x.shape[2:])
     return take(flat, rows).reshape(*rows.shape, *x.shape[2:])
 
+  def of_cache(x: Array) -> Array:
+    return jnp.swapaxes(of_rows(jnp.swapaxes(x, 1, 2)), 1, 2)
+
   taken = dataclasses.replace(
     slots,
     question=of_blocks(slots.question),
@@ -342,7 +347,7 @@ def regroup(
     ids=of_rows(slots.ids),
     logprobs=of_rows(slots.logprobs),
   )
-  return _laid(taken), _laid_caches(jax.tree.map(of_rows, caches))
+  return _laid(taken), _laid_caches(jax.tree.map(of_cache, caches))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -374,11 +379,7 @@ def _laid(slots: Slots) -> Slots:
 
 
 def _laid_caches(caches: list[KVCache]) -> list[KVCache]:
-  def laid(x: Array) -> Array:
-    between = (None,) * (x.ndim - 3)
-    return constrain(x, "question", *between, "kv_heads", "head_dim")
-
-  return jax.tree.map(laid, caches)
+  return [kv_cache.laid(cache) for cache in caches]
 
 
 def _split(program: Program, x: Array) -> Array:

@@ -52,8 +52,8 @@ def test_a_group_reads_its_prompt_once_and_sees_what_full_attention_does(
     return random.normal(size=shape).astype(np.float32)
 
   query = some(2, group, N, H)
-  shared = KVCache(keys=some(2, prompt, K, H), values=some(2, prompt, K, H))
-  size = (2, group, ring, K, H)
+  shared = KVCache(keys=some(2, K, prompt, H), values=some(2, K, prompt, H))
+  size = (2, K, group, ring, H)
   own = KVCache(keys=some(*size), values=some(*size))
   mask, written = (
     np.arange(prompt) < np.array(lengths)[:, None],
@@ -62,9 +62,9 @@ def test_a_group_reads_its_prompt_once_and_sees_what_full_attention_does(
   found = jax.jit(attend_group)(query, shared, mask, own, written)
 
   def joined(prompts, completions):
-    each = np.broadcast_to(prompts[:, None], (2, group, *prompts.shape[1:]))
-    both = np.concatenate([each, completions], axis=2)
-    return torch.tensor(both.reshape(-1, *both.shape[2:])).transpose(1, 2)
+    each = np.broadcast_to(prompts[:, :, None], (2, K, group, prompt, H))
+    both = np.concatenate([each, completions], axis=3).swapaxes(1, 2)
+    return torch.tensor(both.reshape(-1, *both.shape[2:]))
 
   seen = np.concatenate([mask, written], axis=1).repeat(group, 0)
   expected = torch.nn.functional.scaled_dot_product_attention(
@@ -97,8 +97,8 @@ def test_decoding_column_by_column_equals_one_pass(draw, qk_norm_eps):
   causal = attend_causally()
   expected, cache = attention(x, angles, causal)
   start = 2
-  prompt = jax.tree.map(lambda x: x[:, :start], cache)
-  own = kv_cache.empty((B, 1, T - start, K, H), "float32")
+  prompt = jax.tree.map(lambda x: x[:, :, :start], cache)
+  own = kv_cache.empty((B, K, 1, T - start, H), "float32")
   decode = jax.jit(lambda *args: attention.decode(*args))
   for column in range(T - start):
     here = slice(start + column, start + column + 1)
