@@ -15,8 +15,10 @@ results and scratch of the largest compiled program; seconds of compiling, by
 XLA alone.
 
 LAWS says what each should do. A law about growth is the highest power, for the
-slope of log figure against log size over the upper half of the sizes; one about
-independence is the most that the last may differ from the first.
+slope of log figure over the upper half of the sizes, against log size, or the log
+of the tokens of a row, or of the operations that the program needs, those of
+attention too (operations.py says what counts). One about independence is the most
+that the last figure may differ from the first.
 
 Shows a table on stderr, writes scaling.png to --out, and prints a JSON line a
 figure, which bench_compare.py reads, and one a law.
@@ -50,10 +52,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from jaxvlm import compiling, models
 from jaxvlm.display import PLAIN_WIDTH, Display
 from jaxvlm.types import Question
-from tools import bench, bench_work
+from tools import bench, bench_work, operations
 from tools.bench import Lab
 
 SIDE = 224  # of a picture, pixels
+TOKENS = 2048  # of a microbatch
 AXES: dict[str, tuple[int, ...]] = {
   "group": (2, 4, 8, 16, 32),
   "completion": (64, 128, 256, 512, 1024, 2048, 4096),
@@ -99,7 +102,7 @@ class Law:
   _: dataclasses.KW_ONLY
   says: str
   power: float | None  # that it grows with at most; None: it is independent
-  tokens: bool = False  # power of the tokens of a row, not of the size
+  of: str = "size"  # or "tokens" of a row, or "operations" that are needed
 
 
 LAWS: dict[str, tuple[Law, ...]] = {
@@ -110,22 +113,22 @@ LAWS: dict[str, tuple[Law, ...]] = {
     Law("rollout", "mb", power=1, says="linear in rows"),
     Law("prompt", "s", power=None, says="read once for all completions"),
     # Attention skips other completions: dense, the slope would be 2.
-    Law("update", "s", power=1, says="linear in tokens", tokens=True),
-    Law("update", "mb", power=1, says="linear in tokens", tokens=True),
+    Law("update", "s", power=1, says="linear in tokens", of="tokens"),
+    Law("update", "mb", power=1, says="linear in tokens", of="tokens"),
   ),
   "completion": (
     # Each step reads all columns of the completions' keys.
-    Law("rollout", "s", power=2, says="steps times columns"),
+    Law("rollout", "s", power=1, says="linear in them", of="operations"),
     Law("rollout", "mb", power=1, says="linear"),
-    Law("update", "s", power=2, says="linear but for attention", tokens=True),
-    Law("update", "mb", power=1, says="linear in tokens", tokens=True),
+    Law("update", "s", power=1, says="linear in them", of="operations"),
+    Law("update", "mb", power=1, says="linear in tokens", of="tokens"),
   ),
   "prompt": (
-    Law("rollout", "s", power=2, says="linear but for reading the prompt"),
+    Law("rollout", "s", power=1, says="linear in them", of="operations"),
     Law("rollout", "mb", power=1, says="linear"),
-    Law("prompt", "s", power=2, says="linear but for attention"),
-    Law("update", "s", power=2, says="linear but for attention", tokens=True),
-    Law("update", "mb", power=1, says="linear in tokens", tokens=True),
+    Law("prompt", "s", power=1, says="linear in them", of="operations"),
+    Law("update", "s", power=1, says="linear in them", of="operations"),
+    Law("update", "mb", power=1, says="linear in tokens", of="tokens"),
   ),
   "images": (
     # Patches see their own picture alone; the prompt grows by its tokens.
@@ -191,7 +194,7 @@ def make_lab(sizes: Sizes) -> Lab:
     arrays={},
     group=sizes.group,
     length=sizes.completion,
-    microbatch_tokens=2048,
+    microbatch_tokens=TOKENS,
   )
 
 
@@ -351,7 +354,8 @@ class Finding:
     law = self.law
     if law.power is None:
       return f"independent: {law.says}"
-    return f"power at most {law.power:g}: {law.says}"
+    of = "" if law.of == "size" else f" of {law.of}"
+    return f"power at most {law.power:g}{of}: {law.says}"
 
   @property
   def measured_words(self) -> str:
@@ -367,6 +371,26 @@ def fit_slope(sizes: Iterable[float], values: Iterable[float]) -> float:
   return float(np.polyfit(x[half:], y[half:], 1)[0])
 
 
+def extent(law: Law, axis: str, size: int) -> float:
+  """What a law's figure grows with, where an axis has this size."""
+  sizes = dataclasses.replace(BASE, **{axis: size})
+  if law.of == "tokens":
+    return row_tokens(sizes)
+  return needed(law.program, sizes) if law.of == "operations" else size
+
+
+def needed(program: str, sizes: Sizes) -> float:
+  """Operations of a call."""
+  length = 1 if program == "prompt" else sizes.completion
+  batch = operations.Batch(
+    prompts=np.array([row_tokens(dataclasses.replace(sizes, group=0))]),
+    completions=np.full((1, sizes.group), length),
+    grids=np.full((sizes.images, 3), [1, SIDE // 14, SIDE // 14]),
+  )
+  count = operations.of_update if program == "update" else operations.of_rollout
+  return count(make_network(sizes.depth), batch, at_once=TOKENS).flops
+
+
 def judge(
   axis: str, sizes: Sequence[int], points: Sequence[Point]
 ) -> list[Finding]:
@@ -375,14 +399,10 @@ def judge(
     medians = [
       statistics.median(point[law.program, law.figure]) for point in points
     ]
-    against: list[int] = list(sizes)
-    if law.tokens:
-      against = [
-        row_tokens(dataclasses.replace(BASE, **{axis: size})) for size in sizes
-      ]
     if law.power is None:
       measured = medians[-1] / medians[0] - 1
     else:
+      against = [extent(law, axis, size) for size in sizes]
       measured = fit_slope(against, medians)
     findings.append(
       Finding(

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tools import bench_compare, bench_scaling
 from tools.bench import Lab
-from tools.bench_scaling import AXES, BASE, LAWS, PROGRAMS, Sizes, fit_slope
+from tools.bench_scaling import AXES, LAWS, PROGRAMS, Sizes, fit_slope
 
 
 def test_the_slope_is_that_of_the_upper_half():
@@ -37,6 +37,18 @@ def test_a_row_has_the_tokens_of_the_update():
   assert question.image_grid_thw.tolist() == [[1, 16, 16]] * 2
 
 
+def test_operations_are_those_of_the_program_and_its_size():
+  few, many = Sizes(completion=64), Sizes(completion=128)
+  prompt, rollout, update = (
+    [bench_scaling.needed(program, sizes) for sizes in (few, many)]
+    for program in ("prompt", "rollout", "update")
+  )
+  assert prompt[0] == prompt[1] < rollout[0]
+  assert rollout[0] < update[0]
+  # Twice the tokens of completions, which see more; a picture and a prompt.
+  assert 1.5 < rollout[1] / rollout[0] < 2.5
+
+
 def test_every_axis_is_a_size_and_has_laws_of_what_is_measured():
   assert {field.name for field in dataclasses.fields(Sizes)} == set(AXES)
   assert set(LAWS) == set(AXES)
@@ -46,14 +58,12 @@ def test_every_axis_is_a_size_and_has_laws_of_what_is_measured():
 
 
 def make_points(axis, *, power, changed=1.0):
-  """Each figure grows with this power of the tokens or else of the size."""
+  """Each figure grows with this power of what its law is about."""
   points = []
   for size in AXES[axis]:
-    sizes = dataclasses.replace(BASE, **{axis: size})
     point = {}
     for law in LAWS[axis]:
-      x = bench_scaling.row_tokens(sizes) if law.tokens else size
-      value = float(x) ** power
+      value = float(bench_scaling.extent(law, axis, size)) ** power
       if law.power is None:
         value = changed if size == AXES[axis][-1] else 1.0
       point[law.program, law.figure] = [value / 2, value, 9 * value]
