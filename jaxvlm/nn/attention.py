@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
@@ -31,29 +30,39 @@ def attend_group(
   """
   query = rearrange(query, "Q G (K R) H -> Q K G R H", K=prompt.keys.shape[1])
   query = constrain(query, "question", "kv_heads", None, None, "head_dim")
-  scores = jnp.concatenate(
-    [
-      scale_product("qkgrh,qkph->qkgrp", query, prompt.keys),
-      scale_product("qkgrh,qkgch->qkgrc", query, completion.keys),
-    ],
-    axis=-1,
+  masked = _masked(
+    scale_product("qkgrh,qkph->qkgrp", query, prompt.keys), prompt_mask
   )
-  length = prompt_mask.shape[1]
-  mask = jnp.concatenate([prompt_mask, completion_mask], axis=-1)
-  weights = _softmax(scores, mask[:, None, None, None, :])
-  weights = weights.astype(prompt.values.dtype)
-  out = jnp.einsum(
-    "qkgrp,qkph->qkgrh", weights[..., :length], prompt.values
-  ) + jnp.einsum("qkgrc,qkgch->qkgrh", weights[..., length:], completion.values)
+  own = _masked(
+    scale_product("qkgrh,qkgch->qkgrc", query, completion.keys), completion_mask
+  )
+  # One softmax over both, which are never joined: that would copy the scores.
+  top = jnp.maximum(masked.max(-1), own.max(-1))[..., None]
+  weights, own_weights = jnp.exp(masked - top), jnp.exp(own - top)
+  total = weights.sum(-1) + own_weights.sum(-1)
+  out = _weigh("qkgrp,qkph->qkgrh", weights, prompt.values)
+  out += _weigh("qkgrc,qkgch->qkgrh", own_weights, completion.values)
+  out = (out / total[..., None]).astype(prompt.values.dtype)
   return rearrange(out, "Q K G R H -> Q G (K R) H")
 
 
-def _softmax(
-  scores: Float[Array, "..."], mask: Bool[Array, "..."]
-) -> Float[Array, "..."]:
+def _masked(
+  scores: Float[Array, "Q K G R C"], mask: Bool[Array, "Q C"]
+) -> Float[Array, "Q K G R C"]:
   # Finite: a row that sees nothing (padding) must not turn into NaN.
-  masked = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-  return jax.nn.softmax(masked, axis=-1)
+  least = jnp.finfo(scores.dtype).min
+  return jnp.where(mask[:, None, None, None, :], scores, least)
+
+
+def _weigh(
+  equation: str, weights: Float[Array, "..."], values: Float[Array, "..."]
+) -> Float[Array, "..."]:
+  return jnp.einsum(
+    equation,
+    weights.astype(values.dtype),
+    values,
+    preferred_element_type=jnp.float32,
+  )
 
 
 class Attention(nnx.Module):
