@@ -20,19 +20,18 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from jaxvlm import sharding
-from jaxvlm.data.vision_layout import Layout, mrope_positions
+from jaxvlm.data.vision_layout import Layout
 from jaxvlm.learner import Learner
 from jaxvlm.models import Network, find_family
 from jaxvlm.rollout.sampler import Draws, Sampler
-from jaxvlm.types import Example, Question
 from tests.learners import ADAMW, OBJECTIVE
+from tests.questions import IMAGE, make_question
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 # Tracing makes many objects and little garbage.
 gc.set_threshold(100_000, 50, 1000)
 
-IMAGE = 5
 IDS = {
   "image_token_id": IMAGE,
   "video_token_id": 6,
@@ -159,25 +158,10 @@ def banned():
 def questions(layout):
   """Eight: two pictures of unlike sizes, one, none, three small ones, ..."""
   random = np.random.default_rng(1)
-  made = []
-  for i, sizes in enumerate(GRIDS):
-    grids = np.array([(1, *size) for size in sizes], np.int32).reshape(-1, 3)
-    ids = [7, 8, 20 + i]
-    for _, h, w in grids.tolist():
-      ids += [3, *[IMAGE] * (h * w // 4), 4]
-    ids = np.array(ids + [10, 30] * (i % 3 == 2), np.int32)
-    shape = (int(grids.prod(axis=1).sum()), 6 * layout.patch_size**2)
-    made.append(
-      Question(
-        question_id=100 + i,
-        example=Example(problem=f"question {i}", answer="x"),
-        prompt_ids=ids,
-        position_ids=mrope_positions(ids, grids, layout),
-        pixel_values=random.normal(size=shape).astype(np.float32),
-        image_grid_thw=grids,
-      )
-    )
-  return made
+  return [
+    make_question(random, layout, i, sizes, words=2 * (i % 3 == 2))
+    for i, sizes in enumerate(GRIDS)
+  ]
 
 
 @pytest.fixture(scope="session")

@@ -12,28 +12,19 @@ from flax import traverse_util
 
 from jaxvlm import learner as learner_module
 from jaxvlm import sharding
-from jaxvlm.data.vision_layout import pack_vision, token_places
 from jaxvlm.packing import Packed
-from jaxvlm.rl import kl, losses
-from jaxvlm.rl.surrogates import SURROGATES, importance_weights
-from jaxvlm.types import Experience
 from tests.learners import ADAMW, OBJECTIVE, RATE
+from tests.naive import (
+  Batch,
+  Naive,
+  assert_trees_close,
+  experiences,
+  flat,
+  gradients,
+  grpo_loss,
+)
 
 MUON = dataclasses.replace(ADAMW, name="muon")
-
-
-def flat(params):
-  return traverse_util.flatten_dict(jax.tree.map(np.asarray, params), sep="/")
-
-
-def assert_trees_close(found, expected, rtol):
-  """Every leaf to `rtol` of its own largest entry."""
-  assert found.keys() == expected.keys()
-  for name, x in expected.items():
-    scale = np.abs(x).max()
-    np.testing.assert_allclose(
-      found[name], x, rtol=0, atol=rtol * scale, err_msg=name
-    )
 
 
 def assert_same_bits(found, expected):
@@ -41,85 +32,6 @@ def assert_same_bits(found, expected):
     jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
   ):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def gradients(state, metrics):
-  """The gradient before clipping, as AdamW with b1 = 0 has seen it."""
-  norm = float(metrics["grad_norm"][0])
-  scale = max(1.0, norm / ADAMW.clip_norm)
-  moments = optax.tree_utils.tree_get(state.opt_state["moments"], "mu")
-  return {path: scale * np.asarray(mu) for path, mu in moments.items()}
-
-
-@dataclasses.dataclass
-class Naive:
-  """G rows [prompt | completion] of each question, each with its pictures."""
-
-  network: object
-  layout: object
-  banned: np.ndarray
-
-  def __post_init__(self):
-    self._run = jax.jit(self._value_and_gradient)
-
-  def rows(self, questions, rollout):
-    group, longest = rollout.completion_mask.shape[1:]
-    width = max(len(q.prompt_ids) for q in questions) + longest
-    count = len(questions) * group
-    ids = np.zeros((count, width), np.int32)
-    positions = np.zeros((3, count, width), np.int32)
-    branches = np.full((count, width), -1, np.int32)
-    index = np.full((count, width), -1, np.int32)
-    before = np.zeros((count, longest), np.int32)
-    for r in range(count):
-      q, g = divmod(r, group)
-      question, prompt = questions[q], len(questions[q].prompt_ids)
-      own = rollout.completion_ids[q, g][rollout.completion_mask[q, g]]
-      end = prompt + len(own)
-      ids[r, :end] = np.concatenate([question.prompt_ids, own])
-      positions[:, r, :prompt] = question.position_ids
-      following = question.position_ids[:, -1:] + 1 + np.arange(len(own))
-      positions[:, r, prompt:end] = following
-      branches[r, :end] = 0
-      shown = np.flatnonzero(question.prompt_ids == self.layout.image_token_id)
-      index[r, shown] = token_places(question.image_grid_thw, self.layout)
-      before[r] = np.minimum(prompt - 1 + np.arange(longest), width - 1)
-    vision = pack_vision(
-      [[q] for q in questions for _ in range(group)], layout=self.layout
-    )
-    return ids, positions, branches, index, before, vision
-
-  def _logprobs(self, params, rows, temperature, targets):
-    ids, positions, branches, index, before, vision = rows
-    features = self.network.encode(params, vision)
-    embeds = self.network.embed(params, ids, index, features)
-    trees = jnp.minimum(branches, 0)
-    hidden = self.network.forward(params, embeds, positions, trees, branches)
-    hidden = jnp.take_along_axis(hidden, before[..., None], axis=1)
-    logits = hidden @ self.network.head(params) / temperature
-    logits = jnp.where(jnp.asarray(self.banned)[None, None], -1e30, logits)
-    scores = jax.nn.log_softmax(logits)
-    chosen = jnp.take_along_axis(
-      scores, targets.reshape(*before.shape, 1), axis=-1
-    )
-    return chosen.reshape(targets.shape)
-
-  def _value_and_gradient(self, params, rows, temperature, targets, weights):
-    logprobs, pull = jax.vjp(
-      lambda p: self._logprobs(p, rows, temperature, targets), params
-    )
-    return logprobs, pull(weights)[0]
-
-  def __call__(self, params, questions, rollout, temperature, loss=None):
-    """Logprobs [Q G C], and every gradient of `loss(logprobs)`, flat."""
-    rows = self.rows(questions, rollout)
-    ids, mask = rollout.completion_ids, rollout.completion_mask
-    zeros = jnp.zeros(ids.shape)
-    logprobs, grads = self._run(params, rows, temperature, ids, zeros)
-    if loss is not None:
-      weights = jnp.where(mask, jax.grad(loss)(logprobs), 0.0)
-      _, grads = self._run(params, rows, temperature, ids, weights)
-    return np.where(mask, logprobs, 0.0), flat(grads)
 
 
 @pytest.fixture(scope="module")
@@ -130,15 +42,6 @@ def naive(network, layout, banned):
 @pytest.fixture(scope="module")
 def learner(make_learner, mesh):
   return make_learner(mesh)
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-  """A rollout with made-up advantages, and old and reference logprobs."""
-
-  advantages: np.ndarray
-  old: np.ndarray | None
-  ref: np.ndarray | None
 
 
 @pytest.fixture(scope="module")
@@ -176,20 +79,13 @@ def make_experience(rollout, make_packed):
   """The microbatches of an update."""
 
   def make(mesh, batch, tokens=1024, change=lambda tree: tree):
-    packed = make_packed(mesh, tokens)
     groups = np.stack([np.ones(8, bool), np.arange(8) < 3], axis=1)
-    for u in range(len(packed)):
-      place = functools.partial(packed.place, u=u)
-      tree = jax.tree.map(np.asarray, packed.tree(u))
-      yield Experience(
-        tree=sharding.place(mesh, change(tree)),
-        completion_mask=place(rollout.completion_mask),
-        advantages=place(batch.advantages),
-        groups=place(groups),
-        sampler_logprobs=place(rollout.sampler_logprobs),
-        old_logprobs=place(batch.old),
-        ref_logprobs=place(batch.ref),
-      )
+
+    def changed(tree):
+      return sharding.place(mesh, change(jax.tree.map(np.asarray, tree)))
+
+    packed = make_packed(mesh, tokens)
+    return experiences(packed, rollout, batch, groups, changed)
 
   return make
 
@@ -216,42 +112,6 @@ def base(run, learner, mesh, batch):
 @pytest.fixture(scope="module")
 def logprobs(learner, params, place_params, make_packed, mesh):
   return learner.logprobs([place_params(params, mesh)], make_packed(mesh))[0]
-
-
-def grpo_loss(rollout, batch, **changes):
-  """The loss of the whole update from logprobs."""
-  objective = dataclasses.replace(OBJECTIVE, **changes)
-  mask = jnp.asarray(rollout.completion_mask)
-
-  def loss(logprobs):
-    bounds = dict(objective.surrogate)
-    surrogate = SURROGATES[bounds.pop("name")]
-    values, _ = surrogate(logprobs, batch.old, batch.advantages, mask, **bounds)
-    if objective.importance:
-      weights, _ = importance_weights(
-        batch.old,
-        rollout.sampler_logprobs,
-        mask,
-        mode=objective.importance,
-        cap=objective.importance_cap,
-      )
-      values = values * weights
-    penalty, _ = kl.estimate(
-      logprobs,
-      batch.ref,
-      mask,
-      estimator=objective.kl_estimator,
-      limit=objective.kl_limit,
-    )
-    total, count = losses.aggregate(
-      values + objective.kl_coef * penalty,
-      mask,
-      aggregation=objective.aggregation,
-      length=objective.max_completion_length,
-    )
-    return total / count
-
-  return loss
 
 
 # -- packed rows are naive rows ------------------------------------------------

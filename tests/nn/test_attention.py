@@ -39,14 +39,15 @@ columns = st.lists(st.booleans(), min_size=7, max_size=7)
 @given(
   st.lists(st.integers(1, 9), min_size=2, max_size=2),
   st.lists(columns.filter(any), min_size=2, max_size=2),
+  st.sampled_from([(1, 4, 1), (3, 4, 2), (4, 2, 2)]),
   st.integers(0, 2**32 - 1),
 )
 def test_a_group_reads_its_prompt_once_and_sees_what_full_attention_does(
-  lengths, written, seed
+  lengths, written, sizes, seed
 ):
   """Whatever part of the prompt and of the ring of columns is filled."""
   random = np.random.default_rng(seed)
-  group, prompt, ring = 3, 9, 7
+  (group, N, K), prompt, ring = sizes, 9, 7
 
   def some(*shape):
     return random.normal(size=shape).astype(np.float32)

@@ -125,18 +125,28 @@ def limited(rollout, limits):
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([3, 12]), st.booleans())
+@given(
+  st.integers(0, 2**32 - 1),
+  st.sampled_from([3, 12]),
+  st.permutations(range(8)),
+  st.sampled_from([5, 8]),
+  st.booleans(),
+)
 def test_limits_hold_through_refill_and_regrouping(
-  sample, mesh, questions, rollout, seed, slots, whole
+  sample, mesh, questions, rollout, seed, slots, order, count, whole
 ):
-  """Any lengths, also whole questions that end at once."""
-  limits = np.random.default_rng(seed).integers(1, 9, (8, 3)).astype(np.int32)
+  """Any lengths and questions, also whole ones that end at once."""
+  order = order[:count]
+  random = np.random.default_rng(seed)
+  limits = random.integers(1, 9, (count, 3)).astype(np.int32)
   if whole:
-    limits[[2, 5]] = 1
+    limits[[1, 3]] = 1
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(sampler_module._FEWEST, "cpu", 1)
-    found = sample(mesh, questions, limits=limits, slots=slots)
-  assert_same_completions(found, limited(rollout, limits))
+    found = sample(
+      mesh, [questions[q] for q in order], limits=limits, slots=slots
+    )
+  assert_same_completions(found, limited(rows(rollout, order), limits))
 
 
 def test_padding_is_counted(make_sampler, mesh, params, questions, draws):
