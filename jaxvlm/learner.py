@@ -129,9 +129,12 @@ class Program:
     return self.trainable(self.network.axes())[0]
 
   def laid(self, flat: Flat) -> Flat:
-    """Gradients that lie on the mesh as their parameters do."""
+    """Gradients that lie on the mesh, also one of one device, as parameters do."""
     return {
-      path: sharding.constrain(x, *self.axes[path]) for path, x in flat.items()
+      path: jax.lax.with_sharding_constraint(
+        x, sharding.sharding(self.mesh, self.axes[path], x.shape)
+      )
+      for path, x in flat.items()
     }
 
   def transformation(self) -> Any:
@@ -407,9 +410,13 @@ def _policy_loss(
   return loss, figures
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0, keep_unused=True)
 def zeros(program: Program, params: Params) -> Flat:
-  """A gradient to add to."""
+  """A gradient to add to.
+
+  It lies as one that was added to does, or `add_gradient` would be compiled for
+  both. Where jit drops the parameters, whose values are not used, it does not.
+  """
   trainable, _ = program.trainable(params)
   return program.laid(
     jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.float32), trainable)

@@ -1,5 +1,6 @@
 """The update against rows packed the naive way, by hand, and on meshes."""
 
+import collections
 import dataclasses
 import functools
 
@@ -10,8 +11,8 @@ import optax
 import pytest
 from flax import traverse_util
 
+from jaxvlm import compiling, sharding
 from jaxvlm import learner as learner_module
-from jaxvlm import sharding
 from jaxvlm.packing import Packed
 from tests.learners import ADAMW, OBJECTIVE, RATE
 from tests.naive import (
@@ -238,13 +239,25 @@ def assert_same_update(found, expected, params):
 
 @pytest.mark.parametrize(("tokens", "count"), [(32, 6), (96, 3)])
 def test_microbatches_padding_and_chunks_do_not_matter(
-  run, make_learner, make_packed, mesh, batch, base, params, tokens, count
+  run,
+  make_learner,
+  make_packed,
+  mesh,
+  batch,
+  base,
+  params,
+  tokens,
+  count,
+  monkeypatch,
 ):
+  shapes = collections.defaultdict(list)
+  monkeypatch.setattr(compiling, "_shapes", shapes)
   assert len(make_packed(mesh, tokens)) == count
   objective = dataclasses.replace(OBJECTIVE, logprob_chunk=7)
   learner = make_learner(mesh, objective=objective)
   found = run(learner, mesh, batch, tokens=tokens, change=pad)
   assert_same_update(found, base, params)
+  assert len(shapes["gradient"]) == 1  # the first microbatch's is the others'
 
 
 def test_logprobs_come_back_in_the_questions_order(
