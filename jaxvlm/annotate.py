@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import pyarrow
 
-from jaxvlm import annotations, paths, workdir
+from jaxvlm import annotations, compiling, paths, workdir
 from jaxvlm.annotations import (
   COMPLETIONS,
   GENERATED,
@@ -132,8 +132,8 @@ def run(job: Job, plan: Plan, output: Any, display: Display) -> None:
     display: shows the progress, and a summary.
 
   Raises:
-    ValueError: several hosts, no reward, rows without a caption, or an output
-      or parts of other settings.
+    ValueError: several hosts, no reward, rows without a caption, an output or
+      parts of other settings, or a program compiled for too many shapes.
     OSError: a file cannot be written.
   """
   if jax.process_count() > 1:
@@ -302,6 +302,9 @@ class _Asker:
         records = self._captions_of(found) if not scored else self._rates(found)
         paths.write(files[i], json.dumps(records).encode())
         advance(len(batches[i]))
+        most = self._job.config["limits"]["programs"]
+        if too_many := compiling.excess(most):
+          raise ValueError(f"{view}: {too_many}")
     return {
       name: record
       for batch, file in zip(batches, files, strict=True)

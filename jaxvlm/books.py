@@ -236,6 +236,7 @@ class Books:
 
     Raises:
       Interrupted: the run was asked to stop meanwhile.
+      Stopped: a program was compiled for too many shapes.
     """
     if not self._job.held_out:
       return
@@ -259,6 +260,7 @@ class Books:
       metrics=metrics,
       timing={"seconds": time.monotonic() - started},
     )
+    self._check_programs(f"evaluation of {name}")
     if stage is None or not stage.metric:
       return
     self._score = metrics[stage.metric]
@@ -317,8 +319,13 @@ class Books:
         f"failed; limits.failed_groups is {limits['failed_groups']}. Mend the "
         "reward named above, or raise rewards.timeout."
       )
-    if too_many := compiling.excess(limits["programs"]):
-      raise Stopped(f"stage {stage.name}: {too_many}")
+    self._check_programs(f"stage {stage.name}")
+
+  def _check_programs(self, where: str) -> None:
+    """Raises Stopped where a program was compiled for too many shapes."""
+    most = self._job.config["limits"]["programs"]
+    if too_many := compiling.excess(most):
+      raise Stopped(f"{where}: {too_many}")
 
   def finish(self, params: Params, progress: Progress) -> None:
     """Exports the policy, draws the curves and prints the results."""

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from configs import common
-from jaxvlm import annotate, job, rewards
+from jaxvlm import annotate, compiling, job, rewards
 from jaxvlm.display import Display
 from jaxvlm.types import Rollout, Scores
 from tests.runs import make_row, project_fixture  # noqa: F401
@@ -332,6 +332,15 @@ def test_a_file_that_is_there_is_not_replaced(run, rows, tmp_path):
   with pytest.raises(ValueError, match=r"out.parquet: exists"):
     run(rows())
   assert (tmp_path / "out.parquet").read_bytes() == b"mine"
+
+
+def test_a_program_of_too_many_shapes_ends_it(run, rows, tmp_path, monkeypatch):
+  """What was answered is kept: the command goes on there."""
+  with monkeypatch.context() as patch:
+    patch.setattr(compiling, "_shapes", {"decode": ["slots 1"] * 51})
+    with pytest.raises(ValueError, match=r"image: 'decode' was .* 51 shapes"):
+      run(rows())
+  assert len(run(rows()).prompts) == 2  # of three views
 
 
 def test_the_ids_join_the_rates_to_the_rows(run, rows, project, tmp_path):

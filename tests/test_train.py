@@ -388,14 +388,28 @@ def test_updates_that_are_not_finite_are_skipped_until_there_are_too_many(
     assert batch["advantages"].shape == batch["rewards"].shape == (8, 4)
 
 
+@pytest.mark.parametrize(
+  ("most", "where", "steps"),
+  [(1, "evaluation of start", 0), (2, "stage perceive", 3)],
+)
 def test_a_run_of_too_many_shapes_stops_and_names_them(
-  launch, undisturbed, tmp_path
+  launch, tmp_path, most, where, steps
 ):
-  status, _, err = launch(f"workdir={tmp_path}", "limits.programs=1").wait()
+  """An evaluation has programs of its own, and so has a stage."""
+  limit = f"limits.programs={most}"
+  status, _, err = launch(f"workdir={tmp_path}", limit).wait()
   assert status == 1
   (line,) = err.strip().splitlines()
-  assert "was compiled for 2 shapes; limits.programs is 1" in line
+  told = (
+    f"{where}: .* was compiled for {most + 1} shapes; {limit[:15]} is {most}"
+  )
+  assert re.search(told, line)
   assert re.search(r"The last ones: \w+ \d+, .*; \w+ \d+", line)
+  done = [r for r in records(tmp_path) if r["kind"] == "train"]
+  assert len(done) == steps
+
+
+def test_what_was_compiled_stands_beside_each_step(undisturbed):
   lines = (undisturbed / "metrics.jsonl").read_text().splitlines()
   steps = [r for r in map(json.loads, lines) if r["kind"] == "train"]
   first, last = steps[0]["timing"], steps[-1]["timing"]

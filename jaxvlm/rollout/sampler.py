@@ -207,9 +207,10 @@ class _Decoding:
       self._clock = jnp.int32(0)
       blocks = np.tile(np.arange(at_once), (self._shards, 1))
       self._slots = self._prefill(blocks)
-      self._caches = programs.empty_caches(
-        self._program, (at_once * shards, group)
-      )
+      with self._compiles("caches", (at_once * shards, group)):
+        self._caches = programs.empty_caches(
+          self._program, (at_once * shards, group)
+        )
       self._decode()
 
   def finish(self) -> Rollout:
@@ -254,9 +255,13 @@ class _Decoding:
     self, name: str, shape: tuple[int, ...], **sizes: int
   ) -> contextlib.AbstractContextManager[None]:
     blocks, slots = shape
-    prompt = self._bucket.prompt
     return compiling.program(
-      name, blocks=blocks, slots=slots, prompt=prompt, **sizes
+      name,
+      blocks=blocks,
+      slots=slots,
+      prompt=self._bucket.prompt,
+      completion=self._program.draws.max_completion_length,
+      **sizes,
     )
 
   def _place(self, x: np.ndarray) -> Array:
@@ -302,9 +307,12 @@ class _Decoding:
     order = np.argsort(~ended.all(-1), axis=1, kind="stable")
     blocks = order[:, : self._fresh].astype(np.int32)
     fresh = self._prefill(blocks)
-    self._slots = programs.admit(
-      self._program, self._slots, self._place(blocks), fresh
-    )
+    with self._compiles(
+      "admit", self._slots.ended.shape, fresh=fresh.ended.shape[0]
+    ):
+      self._slots = programs.admit(
+        self._program, self._slots, self._place(blocks), fresh
+      )
 
   def _regroup(self, ended: np.ndarray) -> None:
     """The rows that are left go on in the smallest shape that holds them."""
@@ -327,13 +335,19 @@ class _Decoding:
           member[s, at, : part.size] = self._member[s, block, slot]
           at += 1
     self._shape, self._owner, self._member = shape, owner, member
-    self._slots, self._caches = programs.regroup(
-      self._program,
-      self._slots,
-      self._caches,
-      self._place(blocks),
-      self._place(rows),
-    )
+    with self._compiles(
+      "regroup",
+      self._slots.ended.shape,
+      to_blocks=self._program.shards * shape[0],
+      to_slots=shape[1],
+    ):
+      self._slots, self._caches = programs.regroup(
+        self._program,
+        self._slots,
+        self._caches,
+        self._place(blocks),
+        self._place(rows),
+      )
 
   def _needs(self, live: np.ndarray, shape: tuple[int, int]) -> bool:
     """Whether the live rows fit in a shape, on all hosts."""

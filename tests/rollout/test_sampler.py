@@ -1,5 +1,6 @@
 """The sampler on the real network for layouts, on a Markov chain for rules."""
 
+import contextlib
 import dataclasses
 import itertools
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxvlm import compiling
 from jaxvlm.filling import Known, sizes_of
 from jaxvlm.models import Network
 from jaxvlm.nn.decoder import Embeds
@@ -147,6 +149,23 @@ def test_limits_hold_through_refill_and_regrouping(
       mesh, [questions[q] for q in order], limits=limits, slots=slots
     )
   assert_same_completions(found, limited(rows(rollout, order), limits))
+
+
+def test_the_shapes_of_every_program_are_counted(
+  sample, mesh, questions, monkeypatch
+):
+  counted = set()
+
+  @contextlib.contextmanager
+  def program(name, **sizes):
+    counted.add(name)
+    yield
+
+  monkeypatch.setattr(compiling, "program", program)
+  monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
+  sample(mesh, questions, slots=3)
+  jitted = {"prefill", "caches", "decode", "admit", "regroup"}
+  assert counted == jitted | {"encode"}
 
 
 def test_padding_is_counted(make_sampler, mesh, params, questions, draws):
