@@ -15,10 +15,16 @@ becomes that of the extremes, and a drop is one that leaves no overlap. Nor do
 repetitions of one process tell of how processes differ; therefore runs are
 drawn too, where a file has several, and a drop must be more than --floor.
 
+Of memory and of compiling a line tells one number a run, beside its figure.
+BESIDE says by how much runs of the same programs differ there: no less is a
+drop, and of one run in each file the ratio is the interval. Compiling takes
+time and memory, so runs that read programs from a cache are compared with such
+runs alone.
+
   dropped   all of the interval is below 1 - floor
   rose      all of it is above 1 + floor
   same      neither, or a figure without noise (`exact`) within the floor
-  unknown   one value in a file is no interval
+  unknown   one value in a file is no interval, but for memory and compiling
 
 Exit status 1 where something dropped, 2 where the files cannot be compared:
 other devices, threads or dtype. The last line of stdout is a JSON object.
@@ -40,6 +46,14 @@ from rich.table import Table
 DRAWS = 10_000
 COVERED = 0.95
 FLOOR = 0.02
+# What a line tells beside its figure, and how much of it is noise: nobody waits
+# for a quiet machine to compile.
+BESIDE = {
+  "peak_rss_mb": 0.1,
+  "peak_device_mb": 0.02,
+  "first_call_s": 0.35,
+  "compile_s": 0.35,
+}
 # Figures taken under other conditions are not compared.
 CONDITIONS = ("device", "threads", "dtype")
 _COLOURS = {"dropped": "red", "rose": "green", "same": "", "unknown": "yellow"}
@@ -57,8 +71,9 @@ class Figure:
 
   conditions: tuple[Any, ...]
   higher_is_better: bool
-  exact: bool  # the same number each time, as compiled bytes are
-  runs: list[np.ndarray] = dataclasses.field(default_factory=list)
+  runs: list[np.ndarray]
+  exact: bool = False  # the same number each time, as compiled bytes are
+  noise: float = 0.0  # by how much runs of one number are known to differ
 
   @property
   def median(self) -> float:
@@ -92,38 +107,57 @@ def read(file: pathlib.Path) -> Figures:
     if not text.strip():
       continue
     try:
-      line = json.loads(text)
-      if "metric" not in line:
-        continue
-      key = (line["peer"], line["model"], line["work"], line["metric"])
-      conditions = tuple(line[name] for name in CONDITIONS)
-      values = np.asarray(line.get("values") or [line["median"]], float)
-      better = bool(line["higher_is_better"])
-      if not (values > 0).all():
-        raise ValueError("values must be positive")
+      own = figures_of(json.loads(text))
     except (ValueError, KeyError, TypeError) as error:
       raise Unequal(
         f"{file}:{number}: not a line of bench.py or bench_scaling.py "
         f"({type(error).__name__}: {error})."
       ) from error
-    figure = found.setdefault(
-      (key, line["device"]),
-      Figure(
-        conditions=conditions,
-        higher_is_better=better,
-        exact=bool(line.get("exact")),
-      ),
-    )
-    if figure.conditions != conditions:
-      raise Unequal(
-        f"{file}: runs of {name_of(key)} differ in "
-        f"{differences(figure.conditions, conditions)}; compare them in files "
-        "of their own."
-      )
-    figure.runs.append(values)
+    for (key, device), figure in own.items():
+      known = found.setdefault((key, device), figure)
+      if known.conditions != figure.conditions:
+        raise Unequal(
+          f"{file}: runs of {name_of(key)} differ in "
+          f"{differences(known.conditions, figure.conditions)}; compare them "
+          "in files of their own."
+        )
+      if known is not figure:
+        known.runs += figure.runs
   if not found:
     raise Unequal(f"{file}: no figures.")
   return found
+
+
+def figures_of(line: Mapping[str, Any]) -> Figures:
+  """The figures of one run: what it measured, and what it tells beside it."""
+  if "metric" not in line:
+    return {}
+  peer, model, work = line["peer"], line["model"], line["work"]
+  conditions = tuple(line[name] for name in CONDITIONS)
+  values = np.asarray(line.get("values") or [line["median"]], float)
+  if not (values > 0).all():
+    raise ValueError("values must be positive")
+  found = {
+    line["metric"]: Figure(
+      conditions=conditions,
+      higher_is_better=bool(line["higher_is_better"]),
+      runs=[values],
+      exact=bool(line.get("exact")),
+    )
+  }
+  cached = " cached" if line.get("cached") else ""
+  for name, noise in BESIDE.items():
+    if value := float(line.get(name, 0)):
+      found[name + cached] = Figure(
+        conditions=conditions,
+        higher_is_better=False,
+        runs=[np.array([value])],
+        noise=noise,
+      )
+  return {
+    ((peer, model, work, metric), line["device"]): figure
+    for metric, figure in found.items()
+  }
 
 
 def name_of(key: Key) -> str:
@@ -186,10 +220,12 @@ def judge(
     return after / before if old.higher_is_better else before / after
 
   ratio = float(gain(old.median, new.median))
+  floor = max(floor, old.noise)
+  fewest = min(sum(x.size for x in figure.runs) for figure in (old, new))
   interval: tuple[float, float] | None = None
-  if old.exact and new.exact:
+  if (old.exact and new.exact) or (old.noise and fewest == 1):
     interval = (ratio, ratio)
-  elif min(sum(x.size for x in figure.runs) for figure in (old, new)) > 1:
+  elif fewest > 1:
     random = np.random.default_rng(0)
     ratios = gain(*(draw_medians(random, f.runs) for f in (old, new)))
     outside = (1 - COVERED) / 2

@@ -108,6 +108,53 @@ def test_exact_figures_need_no_spread_and_others_do(run):
   assert status == 1 and found["dropped"] == 1
 
 
+def beside(**fields):
+  return line([100, 100.1, 99.9], **fields)
+
+
+@pytest.mark.parametrize(
+  ("name", "noise", "worse"),
+  [
+    ("peak_rss_mb", 1.08, 1.15),
+    ("peak_device_mb", 1.01, 1.03),
+    ("first_call_s", 1.5, 1.6),
+    ("compile_s", 1.5, 1.6),
+  ],
+)
+def test_memory_and_compiling_are_judged_by_a_noise_of_their_own(
+  run, name, noise, worse
+):
+  """One run in each file is enough."""
+  old = [beside(**{name: 500.0})]
+  status, found, _ = run(old, [beside(**{name: 500.0 * noise})])
+  assert status == 0 and found["same"] == 2
+  status, found, said = run(old, [beside(**{name: 500.0 * worse})])
+  assert status == 1 and found["same"] == found["dropped"] == 1
+  assert f"W1 {name}" in said and said.count("dropped") > 1
+  assert found["figures"][1]["metric"] == name
+  status, found, _ = run([beside(**{name: 500.0 * worse})], old)
+  assert status == 0 and found["rose"] == 1
+
+
+def test_runs_tell_how_much_memory_and_compiling_differ(run):
+  def runs(*seconds):
+    return [beside(first_call_s=s) for s in seconds]
+
+  assert run(runs(10, 15, 10), runs(14, 10, 15))[0] == 0
+  status, found, _ = run(runs(10, 10.5, 10), runs(18, 19, 18))
+  assert status == 1 and found["dropped"] == 1
+
+
+def test_runs_with_cached_programs_are_compared_with_such_runs_alone(run):
+  compiled = beside(compile_s=20.0, compiled=9, cached=0)
+  cached = beside(compile_s=1.0, compiled=2, cached=7)
+  status, found, _ = run([cached], [compiled])
+  assert status == 0 and found["same"] == 1
+  assert found["only_old"] == ["jaxvlm tiny W1 compile_s cached on cpu"]
+  assert found["only_new"] == ["jaxvlm tiny W1 compile_s on cpu"]
+  assert run([cached], [cached | {"compile_s": 2.0}])[0] == 1
+
+
 def test_what_only_one_file_has_is_told(run):
   old = [line([1, 2], work="W1"), line([1, 2], work="W2")]
   new = [line([1, 2], work="W1"), line([1, 2], work="W3")]
