@@ -1,16 +1,20 @@
 """A step's groups on the host: joined, chosen among, and kept for the next."""
 
 import dataclasses
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxvlm.metrics import Metrics
 from jaxvlm.rl import advantages
 from jaxvlm.types import Question, Rollout, Scores
+
+_PART = "part "  # and its name, in a file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,68 @@ def join(batches: Sequence[Batch]) -> Batch:
     jax.tree.map(
       lambda *parts: np.concatenate(parts), *(_arrays(b) for b in batches)
     ),
+  )
+
+
+def to_npz(batch: Batch) -> bytes:
+  """A file of all that is known of a batch but what its data say.
+
+  Questions are there by their ids; those with features have them, for encoded
+  in other company they need not have the same bits.
+  """
+  scores = batch.scores
+  arrays = vars(batch.rollout) | {
+    "question_id": np.array([q.question_id for q in batch.questions]),
+    "rewards": scores.rewards,
+    "failed": scores.failed,
+    "accuracy": scores.accuracy,
+    "advantages": batch.advantages,
+    "old_logprobs": batch.old_logprobs,
+    "ref_logprobs": batch.ref_logprobs,
+  }
+  arrays |= {_PART + name: part for name, part in scores.parts.items()}
+  arrays |= {f"features {i}": q.features for i, q in enumerate(batch.questions)}
+  known = {name: x for name, x in arrays.items() if x is not None}
+  content = io.BytesIO()
+  np.savez_compressed(content, **known)
+  return content.getvalue()
+
+
+def from_npz(content: bytes, question: Callable[[int], Question]) -> Batch:
+  """The batch that `to_npz` wrote, without the messages.
+
+  Args:
+    content: of the file.
+    question: makes the question of an id.
+  """
+  with np.load(io.BytesIO(content)) as file:
+    # What numpy does not know by name is there as two bytes.
+    arrays = {
+      name: x.view(jnp.bfloat16) if x.dtype.kind == "V" else x
+      for name, x in file.items()
+    }
+  scores = Scores(
+    rewards=arrays["rewards"],
+    parts={
+      name.removeprefix(_PART): x
+      for name, x in arrays.items()
+      if name.startswith(_PART)
+    },
+    failed=arrays["failed"],
+    accuracy=arrays.get("accuracy"),
+  )
+  return Batch(
+    questions=[
+      dataclasses.replace(question(q), features=arrays.get(f"features {i}"))
+      for i, q in enumerate(arrays["question_id"].tolist())
+    ],
+    rollout=Rollout(
+      **{f.name: arrays[f.name] for f in dataclasses.fields(Rollout)}
+    ),
+    scores=scores,
+    advantages=arrays["advantages"],
+    old_logprobs=arrays.get("old_logprobs"),
+    ref_logprobs=arrays.get("ref_logprobs"),
   )
 
 

@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import io
+import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxvlm import (
   account,
@@ -21,6 +20,8 @@ from jaxvlm import (
   paths,
   results,
 )
+from jaxvlm.batch import Batch, from_npz, to_npz
+from jaxvlm.data.loader import Loader
 from jaxvlm.display import Display
 from jaxvlm.evaluate import Evaluator, HeldOut
 from jaxvlm.job import Job
@@ -28,7 +29,6 @@ from jaxvlm.learner import TrainState
 from jaxvlm.metrics import Logger, Sample
 from jaxvlm.rollout.sampler import Sampler
 from jaxvlm.stages import Stage
-from jaxvlm.step import Batch
 from jaxvlm.types import Params
 
 
@@ -78,7 +78,8 @@ class Books:
     self._score: float | None = None
     self._saved = -1  # global step of the last checkpoint
     # What an evaluation that is interrupted leaves to be saved.
-    self._held: tuple[TrainState, Progress, dict[str, Any]] | None = None
+    self._held: Callable[[], None] | None = None
+    self._waiting = b""  # groups of the checkpoint that was taken up
     self._warned: set[str] = set()
 
   def __enter__(self) -> "Books":
@@ -101,7 +102,7 @@ class Books:
       progress, position, state = Progress(), {}, None
     else:
       state, position = saved.state, saved.loader
-      self._saved = saved.step
+      self._saved, self._waiting = saved.step, saved.host
       progress = Progress(**saved.progress)
     log = self._job.config["log"]
     with _files_read():
@@ -116,6 +117,14 @@ class Books:
     self._stack.callback(self._logger.close)
     self._clock = time.monotonic() - progress.seconds
     return state, progress, position
+
+  def waiting(self, loader: Loader) -> Batch | None:
+    """The groups that waited for the next step where the run was taken up.
+
+    Asked again, there are none: a stage begins without.
+    """
+    content, self._waiting = self._waiting, b""
+    return from_npz(content, loader.question) if content else None
 
   def _like(self, progress: Mapping[str, Any]) -> TrainState:
     """Shapes and places of the state saved at this progress."""
@@ -183,12 +192,22 @@ class Books:
       self._display.print(message)
 
   def save(
-    self, state: TrainState, progress: Progress, position: dict[str, Any]
+    self,
+    state: TrainState,
+    progress: Progress,
+    position: dict[str, Any],
+    waiting: Batch | None,
   ) -> None:
     """Writes a checkpoint, in the background.
 
     Where a run that was stopped at the end of a stage goes on, the one that it
     goes on from does for that of the hand-off too.
+
+    Args:
+      state: of the policy.
+      progress: where the run is.
+      position: in the data.
+      waiting: this host's groups that the next step begins with; None: none.
     """
     if progress.global_step == self._saved:
       return
@@ -199,26 +218,33 @@ class Books:
       state,
       loader=position,
       progress=dataclasses.asdict(progress),
+      host=to_npz(waiting) if waiting else b"",
       score=self._score,
     )
     self._score = None
 
   def heed(
-    self, state: TrainState, progress: Progress, position: dict[str, Any]
+    self,
+    state: TrainState,
+    progress: Progress,
+    position: dict[str, Any],
+    waiting: Batch | None,
   ) -> None:
     """Ends the run where it was asked to stop, all of it saved.
 
     Raises:
       Interrupted: it was.
     """
-    self._held = state, progress, position
+    self._held = functools.partial(
+      self.save, state, progress, position, waiting
+    )
     if hosts.asked_to_stop():
       raise self._interrupted()
 
   def _interrupted(self) -> Interrupted:
     """What to raise when a step is done, or within an evaluation."""
     if self._held is not None:
-      self.save(*self._held)
+      self._held()
       self._checkpoints.wait()
     if self._saved < 0:
       return Interrupted(
@@ -306,7 +332,7 @@ class Books:
       step, host = progress.global_step, jax.process_index()
       of = f"_host{host}" if jax.process_count() > 1 else ""
       file = self._job.workdir / f"not_finite_{step}{of}.npz"
-      _dump(file, batch)
+      paths.write(file, to_npz(batch))
       raise Stopped(
         f"stage {stage.name}: {progress.skipped_updates} updates had a "
         f"gradient that is not finite; limits.skipped_updates is "
@@ -413,18 +439,3 @@ def _samples(job: Job, batch: Batch, count: int) -> list[Sample]:
     )
     for q, question in enumerate(batch.questions[:count])
   ]
-
-
-def _dump(file: Any, batch: Batch) -> None:
-  """Writes this host's completions with all that is known of them."""
-  arrays = vars(batch.rollout) | {
-    "question_id": np.array([q.question_id for q in batch.questions]),
-    "rewards": batch.scores.rewards,
-    "advantages": batch.advantages,
-    "old_logprobs": batch.old_logprobs,
-    "ref_logprobs": batch.ref_logprobs,
-  }
-  known = {name: x for name, x in arrays.items() if x is not None}
-  content = io.BytesIO()
-  np.savez_compressed(content, **known)
-  paths.write(file, content.getvalue())

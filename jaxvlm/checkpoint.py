@@ -26,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 from jaxvlm import hosts, paths
 
 _CHUNK_BYTES = 64 * 2**20
-_ITEMS = ("state", "loader", "progress")
+_ITEMS = ("state", "loader", "progress", "host")
 # What Orbax and tensorstore raise where a file cannot be written.
 _FAILURES = (OSError, ValueError, RuntimeError)
 
@@ -44,6 +44,28 @@ class Restored(NamedTuple):
   state: Any
   loader: dict[str, Any]
   progress: dict[str, Any]
+  host: bytes  # b"" also where it was saved by another number of hosts
+
+
+class _HostHandler(ocp.CheckpointHandler):
+  """Each host's own bytes, in a file of its own."""
+
+  def save(self, directory: Any, args: "_Host") -> None:
+    _host_file(directory).write_bytes(args.content)
+
+  def restore(self, directory: Any, args: "_Host | None" = None) -> bytes:
+    file = _host_file(directory)
+    return file.read_bytes() if file.exists() else b""
+
+
+@ocp.args.register_with_handler(_HostHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _Host(ocp.args.CheckpointArgs):
+  content: bytes = b""
+
+
+def _host_file(directory: Any) -> Any:
+  return directory / f"{jax.process_index()}-of-{jax.process_count()}"
 
 
 class Checkpointer:
@@ -90,6 +112,7 @@ class Checkpointer:
     *,
     loader: dict[str, Any],
     progress: dict[str, Any],
+    host: bytes,
     score: float | None,
   ) -> None:
     """Copies the state to the host and writes it in the background.
@@ -101,6 +124,7 @@ class Checkpointer:
       state: pytree of arrays, sharded or not.
       loader: the position in the data, of JSON's types.
       progress: what else the run goes on from, of JSON's types.
+      host: what this host alone goes on from.
       score: what keep_best goes by; None: not measured.
 
     Raises:
@@ -114,6 +138,7 @@ class Checkpointer:
       state=ocp.args.StandardSave(state, save_args=_chunked(state)),
       loader=ocp.args.JsonSave(json.loads(json.dumps(loader))),
       progress=ocp.args.JsonSave(json.loads(json.dumps(progress))),
+      host=_Host(host),
     )
     with self._reported():
       self._manager.wait_until_finished()
@@ -195,7 +220,9 @@ class Checkpointer:
         f"{self._directory}: the checkpoint of step {step} is whole, but "
         f"holds another model or optimizer: {_first_line(error)}"
       ) from error
-    return Restored(step, items.state, position.loader, position.progress)
+    # Not by the manager: checkpoints of older versions have no such item.
+    host = _HostHandler().restore(self._directory / str(step) / "host")
+    return Restored(step, items.state, position.loader, position.progress, host)
 
   def _seal(self) -> None:
     """Writes down, just before the rename, what the checkpoint consists of."""

@@ -49,7 +49,7 @@ def run(job: Job, display: Display) -> None:
       books.evaluate("start", params, progress, None)
       state = job.make_learner(job.schedule[0]).init(params)
       position = job.make_loader(0).get_state()
-      books.save(state, progress, position)
+      books.save(state, progress, position, None)
     else:
       display.print(f"Resumed after {progress.global_step} steps.")
 
@@ -59,7 +59,7 @@ def run(job: Job, display: Display) -> None:
       loader.set_state(position)
       reference = books.reference(stage, state.params, progress)
       ledger = Ledger(**progress.ledgers.get(stage.name, {}))
-      waiting = None  # groups that were more than a step needs
+      waiting = books.waiting(loader)  # groups that a step did not need
       if progress.owed:
         books.evaluate(stage.name, state.params, progress, stage)
       with (
@@ -122,14 +122,13 @@ def run(job: Job, display: Display) -> None:
           at_end = progress.step == stage.steps
           due = evaluate_every and progress.step % evaluate_every == 0
           progress.owed = bool(job.held_out and due and not at_end)
-          books.heed(state, progress, loader.get_state())
+          books.heed(state, progress, loader.get_state(), waiting)
           if at_end:
             break  # the end of a stage is written down below
           if due:
             books.evaluate(stage.name, state.params, progress, stage)
           if progress.step % every == 0:
-            waiting = None  # in no checkpoint: a resumed run has none either
-            books.save(state, progress, loader.get_state())
+            books.save(state, progress, loader.get_state(), waiting)
 
       books.evaluate(stage.name, state.params, progress, stage)
       params = books.promoted(stage, state.params)
@@ -145,7 +144,7 @@ def run(job: Job, display: Display) -> None:
       else:
         state = TrainState(params=params, opt_state=state.opt_state)
         position = loader.get_state()
-      books.save(state, progress, position)
+      books.save(state, progress, position, None)
     books.finish(state.params, progress)
 
 

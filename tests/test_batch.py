@@ -3,10 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxvlm.batch import best_first, join
+from jaxvlm.batch import best_first, from_npz, join, to_npz
 from tests.steps import (  # noqa: F401
   FAILED,
   REWARDS,
@@ -77,3 +78,44 @@ def test_joined_batches_are_those_that_were_taken_apart(batch):
 def test_a_batch_is_frozen(batch):
   with pytest.raises(dataclasses.FrozenInstanceError):
     batch.advantages = None
+
+
+def assert_same_arrays(found, expected):
+  for a, b in zip(
+    jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+  ):
+    assert a.dtype == b.dtype
+    assert a.tobytes() == b.tobytes() and a.shape == b.shape
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_batch_comes_back_from_a_file_bit_for_bit(batch, questions, known):
+  """Whether logprobs and features are known or not; of each question, too."""
+  if known:
+    random = np.random.default_rng(0)
+    parts = batch.scores.parts | {"/my/file.py:score(a=1)": batch.advantages}
+    seen = dataclasses.replace(
+      questions[0], features=random.normal(size=(2, 7, 4)).astype(jnp.bfloat16)
+    )
+    batch = dataclasses.replace(
+      batch,
+      questions=[seen, *questions[1:]],
+      scores=dataclasses.replace(batch.scores, parts=parts),
+      old_logprobs=random.normal(size=(8, 3, 4)).astype(np.float32),
+      ref_logprobs=random.normal(size=(8, 3, 4)).astype(np.float32),
+    )
+  asked = []
+
+  def question(question_id):
+    asked.append(question_id)
+    return questions[question_id - 100]
+
+  found = from_npz(to_npz(batch), question)
+  assert asked == [q.question_id for q in batch.questions]
+  for name in ("rollout", "advantages", "old_logprobs", "ref_logprobs"):
+    assert_same_arrays(getattr(found, name), getattr(batch, name))
+  for name in ("rewards", "parts", "failed", "accuracy"):
+    assert_same_arrays(getattr(found.scores, name), getattr(batch.scores, name))
+  for ours, theirs in zip(found.questions, batch.questions, strict=True):
+    assert ours.example is theirs.example
+    assert_same_arrays(ours.features, theirs.features)

@@ -16,6 +16,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxvlm import checkpoint
 from jaxvlm.checkpoint import Checkpointer, load_params, save_params
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -52,6 +53,7 @@ def fill(directory, scores, **keep):
         make_state(step),
         loader={"next": step},
         progress={"step": step},
+        host=b"",
         score=score,
       )
 
@@ -74,12 +76,15 @@ def test_what_is_saved_comes_back_bit_for_bit_where_it_was(tmp_path):
   ledger = {"loss": 0.1 + 0.2, "stage": "a", "none": None, "tuple": (1, 2)}
   with Checkpointer(tmp_path / "c", keep_last=1, keep_best=0) as checkpointer:
     assert checkpointer.restore(like) is None
-    checkpointer.save(7, state, loader={"at": 3}, progress=ledger, score=None)
+    checkpointer.save(
+      7, state, loader={"at": 3}, progress=ledger, host=b"a\0b", score=None
+    )
   with Checkpointer(tmp_path / "c", keep_last=1, keep_best=0) as checkpointer:
     restored = checkpointer.restore(lambda progress: abstract(state))
   assert restored.step == 7
   assert restored.loader == {"at": 3}
   assert restored.progress == ledger | {"tuple": [1, 2]}
+  assert restored.host == b"a\0b"
   assert jax.tree.structure(restored.state) == jax.tree.structure(state)
   for got, expected in zip(
     jax.tree.leaves(restored.state), jax.tree.leaves(state), strict=True
@@ -89,13 +94,28 @@ def test_what_is_saved_comes_back_bit_for_bit_where_it_was(tmp_path):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_of_another_number_of_hosts_none_has_its_own(tmp_path, monkeypatch):
+  with Checkpointer(tmp_path, keep_last=1, keep_best=0) as checkpointer:
+    checkpointer.save(
+      1, make_state(1), loader={}, progress={}, host=b"own", score=None
+    )
+    assert checkpointer.restore(like).host == b"own"
+    monkeypatch.setattr(checkpoint, "_host_file", lambda home: home / "0-of-2")
+    assert checkpointer.restore(like).host == b""
+
+
 def test_the_shape_of_the_state_may_depend_on_the_progress(tmp_path):
   def by_width(progress):
     return {"x": jax.ShapeDtypeStruct((progress["width"],), jnp.float32)}
 
   with Checkpointer(tmp_path, keep_last=1, keep_best=0) as checkpointer:
     checkpointer.save(
-      1, {"x": jnp.ones(5)}, loader={}, progress={"width": 5}, score=None
+      1,
+      {"x": jnp.ones(5)},
+      loader={},
+      progress={"width": 5},
+      host=b"",
+      score=None,
     )
     assert checkpointer.restore(by_width).state["x"].shape == (5,)
 
@@ -106,7 +126,9 @@ def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
   with Checkpointer(tmp_path, keep_last=4, keep_best=0) as checkpointer:
     for step in range(1, 4):
       x = grow(x)
-      checkpointer.save(step, {"x": x}, loader={}, progress={}, score=step)
+      checkpointer.save(
+        step, {"x": x}, loader={}, progress={}, host=b"", score=step
+      )
       for _ in range(3):
         x = grow(x)
     found = checkpointer.restore(lambda _: abstract({"x": x}))
@@ -125,6 +147,7 @@ def test_the_last_and_the_best_are_kept_beside_each_other(tmp_path):
         make_state(step),
         loader={"next": step},
         progress={"step": step},
+        host=b"",
         score=score,
       )
   assert kept(tmp_path) == [2, 7, 8]
@@ -148,7 +171,9 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["missing", "truncated", "flipped"])
-@pytest.mark.parametrize("what", ["state", "loader", "progress", "seal.json"])
+@pytest.mark.parametrize(
+  "what", ["state", "loader", "progress", "host", "seal.json"]
+)
 def test_a_damaged_newest_falls_back_to_the_last_good(
   tmp_path, caplog, what, how
 ):
@@ -168,7 +193,12 @@ def test_a_damaged_newest_falls_back_to_the_last_good(
       assert largest.name in caplog.text
     assert "Going on from the checkpoint of step 1" in caplog.text
     checkpointer.save(
-      2, make_state(2), loader={"next": 2}, progress={"step": 2}, score=None
+      2,
+      make_state(2),
+      loader={"next": 2},
+      progress={"step": 2},
+      host=b"",
+      score=None,
     )
     checkpointer.wait()
     assert_is(checkpointer.restore(like), 2)
@@ -206,7 +236,7 @@ def test_a_whole_checkpoint_of_another_model_is_refused(tmp_path, other):
   with Checkpointer(tmp_path, keep_last=2, keep_best=0) as checkpointer:
     for step in (1, 2):
       checkpointer.save(
-        step, {"x": jnp.ones(3)}, loader={}, progress={}, score=None
+        step, {"x": jnp.ones(3)}, loader={}, progress={}, host=b"", score=None
       )
     checkpointer.wait()
     with pytest.raises(ValueError, match="step 2 is whole, but holds another"):
@@ -219,7 +249,9 @@ def test_steps_only_grow(tmp_path):
     Checkpointer(tmp_path, keep_last=1, keep_best=0) as checkpointer,
     pytest.raises(ValueError, match="step 2 comes after step 2"),
   ):
-    checkpointer.save(2, make_state(2), loader={}, progress={}, score=None)
+    checkpointer.save(
+      2, make_state(2), loader={}, progress={}, host=b"", score=None
+    )
 
 
 def test_something_is_always_kept(tmp_path):
@@ -259,7 +291,7 @@ SAVES = """
   for step in range(1, 1000):
     x = jnp.full((2000, 1000), float(step))
     checkpointer.save(
-      step, {"x": x}, loader={"next": step}, progress={}, score=None
+      step, {"x": x}, loader={"next": step}, progress={}, host=b"", score=None
     )
     print(step, flush=True)
 """
@@ -287,7 +319,9 @@ def test_a_kill_while_saving_leaves_the_last_one_whole(
     assert restored.loader == {"next": restored.step}
     np.testing.assert_array_equal(restored.state["x"], float(restored.step))
     step = restored.step + 1
-    checkpointer.save(step, restored.state, loader={}, progress={}, score=None)
+    checkpointer.save(
+      step, restored.state, loader={}, progress={}, host=b"", score=None
+    )
     checkpointer.wait()
     assert checkpointer.restore(lambda _: shape).step == step
   assert not list(tmp_path.glob("*tmp*"))
@@ -303,7 +337,7 @@ FULL = """
     jax.random.key(0), (100_000,))}
   save_params(sys.argv[1] + "/params", small)
   with Checkpointer(sys.argv[1] + "/c", keep_last=1, keep_best=0) as keep:
-    keep.save(1, small, loader={}, progress={}, score=None)
+    keep.save(1, small, loader={}, progress={}, host=b"", score=None)
     keep.wait()
     # As a full disk does, this fails the write itself.
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -311,7 +345,7 @@ FULL = """
       save_params(sys.argv[1] + "/other", big)
     except OSError as error:
       print(error)
-    keep.save(2, big, loader={}, progress={}, score=None)
+    keep.save(2, big, loader={}, progress={}, host=b"", score=None)
     keep.wait()
 """
 
@@ -337,7 +371,9 @@ def test_an_error_of_the_write_is_reported_once(tmp_path, monkeypatch):
 
   monkeypatch.setattr(Checkpointer, "_seal", full)
   checkpointer = Checkpointer(tmp_path, keep_last=1, keep_best=0)
-  checkpointer.save(1, make_state(1), loader={}, progress={}, score=None)
+  checkpointer.save(
+    1, make_state(1), loader={}, progress={}, host=b"", score=None
+  )
   with pytest.raises(OSError, match=r"No space left.*run the same command"):
     checkpointer.wait()
   checkpointer.close()

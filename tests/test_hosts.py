@@ -253,7 +253,8 @@ def test_a_sigterm_on_one_host_ends_the_step_of_all(stopped):
       "Stopped by SIGTERM after 2 steps, which are saved; the same command "
       "goes on."
     ) in out
-  assert (workdir / "checkpoints" / "2").exists()
+  own = {file.name for file in (workdir / "checkpoints/2/host").iterdir()}
+  assert own >= {"0-of-2", "1-of-2"}
   assert not (workdir / "hf").exists()
 
 

@@ -519,10 +519,12 @@ def score(completion, example):
 """
 
 
-def test_groups_of_one_reward_are_replaced_and_a_kill_changes_nothing(
+def test_groups_of_one_reward_are_replaced_and_no_stop_changes_anything(
   launch, tmp_path
 ):
-  """Few groups are alive: some steps run out of rollouts, in others some wait."""
+  """Few groups are alive: in some steps more rollouts are made, in others some
+  groups wait. Those outlive SIGTERM and kills, whenever checkpoints are saved.
+  """
   (tmp_path / "rare.py").write_text(RARE)
   flags = (
     "schedule=('reason',)",
@@ -531,11 +533,12 @@ def test_groups_of_one_reward_are_replaced_and_a_kill_changes_nothing(
     "stages.reason.max_rollouts=4",
     "stages.reason.metric=''",
     "stages.reason.steps=4",
-    "checkpoint.every=2",
     *PLAIN,
   )
-  whole, killed = tmp_path / "whole", tmp_path / "killed"
-  status, out, err = launch(*flags, f"workdir={whole}").wait()
+  whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+  status, out, err = launch(
+    *flags, f"workdir={whole}", "checkpoint.every=100"
+  ).wait()
   assert status == 0, err
   found = [r["metrics"] for r in records(whole) if r["kind"] == "train"]
   assert {2.0, 3.0, 4.0} & {metrics["rollouts"] for metrics in found}
@@ -543,12 +546,21 @@ def test_groups_of_one_reward_are_replaced_and_a_kill_changes_nothing(
     assert metrics["idle_groups"] == 0 or metrics["rollouts"] == 4
   short = any(metrics["idle_groups"] for metrics in found)
   assert out.count("ran out after 4 rollouts of 8 questions") == short
-  run = launch(*flags, f"workdir={killed}")
-  run.until(reached(killed, "reason", 3))
-  run.kill()
-  status, _, err = launch(*flags, f"workdir={killed}").wait()
+
+  flags = (*flags, f"workdir={stopped}", "checkpoint.every=2")
+  run = launch(*flags)
+  run.until(reached(stopped, "reason", 1))
+  os.kill(run.pid, signal.SIGTERM)
+  status, _, err = run.wait()
   assert status == 0, err
-  assert_same_run(whole, killed)
+  kept = last_checkpoint(stopped) / "host" / "0-of-1"
+  assert kept.stat().st_size > 0
+  run = launch(*flags)
+  run.until(reached(stopped, "reason", 3))
+  run.kill()
+  status, _, err = launch(*flags).wait()
+  assert status == 0, err
+  assert_same_run(whole, stopped)
 
 
 def test_rows_are_chosen_ordered_and_counted_as_the_config_says(

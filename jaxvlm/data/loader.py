@@ -191,8 +191,8 @@ class Loader:
     if total is not None:
       draws = _sorted(draws, sources, total)
     self._draws, self._sources = draws, sources
-    stream = draws.map_with_index(prepare)
-    slices = _HostSlice(stream, own, batch_size, process_index * own)
+    self._stream = draws.map_with_index(prepare)
+    slices = _HostSlice(self._stream, own, batch_size, process_index * own)
     threads = min(own, os.cpu_count() or 1)
     reading = grain.ReadOptions(
       num_threads=threads, prefetch_buffer_size=max(own, threads)
@@ -205,6 +205,10 @@ class Loader:
 
   def __next__(self) -> list[Question]:
     return next(self._batches)
+
+  def question(self, question_id: int) -> Question:
+    """One of the stream, of any host, wherever the iterator is."""
+    return self._stream[question_id]
 
   def count(self, asked: int) -> dict[str, Int[np.ndarray, " N"]]:
     """How often the first `asked` draws take each kept row of each source."""

@@ -1,6 +1,7 @@
 """The stream is the same for any number of hosts and goes on where it was."""
 
 import collections
+import itertools
 import json
 import time
 
@@ -148,6 +149,19 @@ def test_a_restored_stream_goes_on_where_it_was(
   assert take(restored, 6) == want
   restored.set_state(state)  # also back
   assert take(restored, 6) == want
+
+
+def test_a_question_is_had_again_by_its_id_on_any_host(processor, mixture):
+  here, there = (
+    make_loader(processor, mixture, process_count=2, process_index=i)
+    for i in range(2)
+  )
+  for question in itertools.chain(*(next(here) for _ in range(5))):
+    again = there.question(question.question_id)
+    assert again.question_id == question.question_id
+    assert again.example == question.example
+    np.testing.assert_array_equal(again.prompt_ids, question.prompt_ids)
+    np.testing.assert_array_equal(again.pixel_values, question.pixel_values)
 
 
 def test_a_row_that_cannot_be_prepared_ends_the_stream_named(processor):
