@@ -29,7 +29,7 @@ while others used `limit_other_cpu` of the cores. The slower of the two takes
 `limit_s`, and `share` is that over the median. Of the programs that this process
 ran before, `compiled` were compiled and `cached` read from --compilation_cache,
 in `compile_s` seconds. Compiling takes memory: `peak_rss_mb` is that of a run as
-users have it once what is slow is `cached`.
+users have it once what is slow is `cached`; `peak_device_mb` is the device's own.
 """
 
 import argparse
@@ -605,6 +605,14 @@ def surroundings() -> dict[str, Any]:
   }
 
 
+def device_memory(device: Any) -> dict[str, float]:
+  """MB in use at most so far; nothing of a CPU, which does not say."""
+  stats = device.memory_stats()
+  if not stats:
+    return {}
+  return {"peak_device_mb": round(stats["peak_bytes_in_use"] / 2**20, 1)}
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -660,6 +668,7 @@ def main() -> None:
     "remat": given.remat,
     "microbatch_tokens": given.microbatch_tokens,
     "peak_rss_mb": round(peak, 1),
+    **device_memory(jax.devices()[0]),
     **surroundings(),
     "walls_s": [round(w, 4) for w in walls],
     "other_cpu": [round(o, 3) for o in others],

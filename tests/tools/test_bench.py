@@ -2,7 +2,9 @@
 
 import json
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -199,6 +201,13 @@ def test_the_machine_is_measured_after_all_that_is_told(run, monkeypatch):
     *("matmul_rate", "bandwidth"),
   ]
   assert set(told[5:]) <= {"matmul_rate", "bandwidth"}
+
+
+def test_a_devices_own_memory_is_told_where_it_says():
+  stats = {"peak_bytes_in_use": 3 * 2**20}
+  gpu = types.SimpleNamespace(memory_stats=lambda: stats)
+  assert bench.device_memory(gpu) == {"peak_device_mb": 3.0}
+  assert bench.device_memory(jax.devices("cpu")[0]) == {}
 
 
 def test_programs_are_kept_where_runs_keep_them(run, monkeypatch):
