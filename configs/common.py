@@ -45,7 +45,7 @@ def base(**overrides: object) -> ConfigDict:
       "rewards": {"num_workers": 2, "timeout": 10.0},  # processes, seconds
       "limits": {
         "skipped_updates": 5,  # updates with a non-finite gradient, in a stage
-        "programs": 50,  # shapes that one program is compiled for
+        "programs": 50,  # shapes that a program of a stage is compiled for
         "failed_groups": 100,  # groups whose reward failed, in a stage
         # Steps between checks that a question's completions are less or more
         # likely with another's pictures; 0: never.

@@ -65,6 +65,11 @@ def program(name: str, **sizes: int) -> Iterator[None]:
     _shapes[name].append(", ".join(f"{n} {size}" for n, size in sizes.items()))
 
 
+def forget() -> None:
+  """Shapes count from here: another stage's programs are others."""
+  _shapes.clear()
+
+
 def excess(most: int) -> str | None:
   """What program has more shapes than that, and which; None: none has."""
   for name, shapes in _shapes.items():

@@ -54,6 +54,7 @@ def run(job: Job, display: Display) -> None:
       display.print(f"Resumed after {progress.global_step} steps.")
 
     for stage in job.schedule[progress.stage :]:
+      compiling.forget()
       learner = job.make_learner(stage)
       loader = job.make_loader(progress.stage)
       loader.set_state(position)

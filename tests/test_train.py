@@ -389,24 +389,35 @@ def test_updates_that_are_not_finite_are_skipped_until_there_are_too_many(
 
 
 @pytest.mark.parametrize(
-  ("most", "where", "steps"),
-  [(1, "evaluation of start", 0), (2, "stage perceive", 3)],
+  ("changes", "where", "steps"),
+  [
+    ([], "evaluation of start", 0),
+    (
+      ["evaluation.capabilities=()", "stages.perceive.promote=latest"],
+      "stage perceive",
+      3,
+    ),
+  ],
 )
 def test_a_run_of_too_many_shapes_stops_and_names_them(
-  launch, tmp_path, most, where, steps
+  launch, tmp_path, changes, where, steps
 ):
   """An evaluation has programs of its own, and so has a stage."""
-  limit = f"limits.programs={most}"
-  status, _, err = launch(f"workdir={tmp_path}", limit).wait()
+  status, _, err = launch(
+    f"workdir={tmp_path}", "limits.programs=1", *changes
+  ).wait()
   assert status == 1
   (line,) = err.strip().splitlines()
-  told = (
-    f"{where}: .* was compiled for {most + 1} shapes; {limit[:15]} is {most}"
-  )
+  told = f"{where}: .* was compiled for 2 shapes; limits.programs is 1"
   assert re.search(told, line)
   assert re.search(r"The last ones: \w+ \d+, .*; \w+ \d+", line)
   done = [r for r in records(tmp_path) if r["kind"] == "train"]
   assert len(done) == steps
+
+
+def test_shapes_of_several_stages_do_not_add_up(launch, tmp_path):
+  status, _, err = launch(f"workdir={tmp_path}", "limits.programs=2").wait()
+  assert (status, err) == (0, "")
 
 
 def test_what_was_compiled_stands_beside_each_step(undisturbed):

@@ -20,23 +20,10 @@ def shape(*sizes, dtype=jnp.int32):
 
 @pytest.fixture(scope="module")
 def lowered(network):
-  """decode(donated) lowered, for shapes in which nothing else is as large."""
+  """decode lowered, for shapes in which nothing else is as large."""
   caches = jax.eval_shape(lambda: network.init_cache(B, W, C))
-  program = Program(
-    network=network,
-    draws=Draws(
-      num_completions=W,
-      max_completion_length=C,
-      temperature=1.0,
-      top_k=0,
-      top_p=1.0,
-    ),
-    eos_ids=(11,),
-    pad_id=0,
-    shards=1,
-  )
   arguments = (
-    *(program, B, jax.eval_shape(network.unstack, network.shapes())),
+    *(B, jax.eval_shape(network.unstack, network.shapes())),
     shape(network.config.vocab_size, dtype=bool),
     Slots(
       question=shape(B),
@@ -59,11 +46,24 @@ def lowered(network):
     *[shape()] * 3,
   )
 
-  def lower(donated):
+  def lower(*, donated=True, top_k=0, top_p=1.0):
+    program = Program(
+      network=network,
+      draws=Draws(
+        num_completions=W,
+        max_completion_length=C,
+        temperature=1.0,
+        top_k=top_k,
+        top_p=top_p,
+      ),
+      eos_ids=(11,),
+      pad_id=0,
+      shards=1,
+    )
     function = slots.decode
     if not donated:
       function = jax.jit(slots.decode.__wrapped__, static_argnums=(0, 1))
-    return function.lower(*arguments)
+    return function.lower(program, *arguments)
 
   return lower
 
@@ -85,7 +85,7 @@ def test_decoding_writes_its_caches_in_place_and_never_copies_one(
   config = network.config.text_config
   heads, size = config.num_key_value_heads, config.head_dim
   number = 2 * config.num_hidden_layers
-  found = lowered(donated=True).compile()
+  found = lowered().compile()
   module = Module(found.as_text())
   for cache in ((B, heads, W, C, size), (B, heads, P, size)):
     made = made_by(module, cache)
@@ -99,3 +99,12 @@ def test_decoding_writes_its_caches_in_place_and_never_copies_one(
   assert aliases.count("may-alias") >= number + 6
   kept = Module(lowered(donated=False).compile().as_text())
   assert "copy" in made_by(kept, (B, heads, W, C, size))
+
+
+def test_the_vocabulary_is_sorted_where_filters_ask_for_it_alone(lowered):
+  plain, nucleus, few = (
+    lowered(**filters).as_text()
+    for filters in ({}, {"top_p": 0.9}, {"top_k": 3})
+  )
+  assert "stablehlo.sort" not in plain and "chlo.top_k" not in plain
+  assert "stablehlo.sort" in nucleus and "chlo.top_k" in few
