@@ -118,7 +118,8 @@ def run(job: Job, display: Display) -> None:
           timing |= watch.stall(timing, seconds)
           timing |= watch.speed(batch, spent, seconds)
           averages = means(metrics)
-          books.step(stage, progress, batch, averages, timing)
+          with timers("record"):
+            books.step(stage, progress, batch, averages, timing)
           books.check_limits(stage, progress, averages, chosen)
           at_end = progress.step == stage.steps
           due = evaluate_every and progress.step % evaluate_every == 0
@@ -129,7 +130,8 @@ def run(job: Job, display: Display) -> None:
           if due:
             books.evaluate(stage.name, state.params, progress, stage)
           if progress.step % every == 0:
-            books.save(state, progress, loader.get_state(), waiting)
+            with timers("record"):
+              books.save(state, progress, loader.get_state(), waiting)
 
       books.evaluate(stage.name, state.params, progress, stage)
       params = books.promoted(stage, state.params)

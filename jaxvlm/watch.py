@@ -212,15 +212,16 @@ def compiled(before: compiling.Tally) -> dict[str, float]:
 
 
 def stall(timing: Mapping[str, float], seconds: float) -> dict[str, float]:
-  """Seconds of a step in which no device had anything to do.
+  """Seconds up to the end of a step in which no device had anything to do.
 
   Rollout, logprobs and update keep the devices busy, and the host works beside
   them; whatever else a step waits for are data, rewards, and groups that are
-  sorted and counted. What comes after a step (logs, evaluation, checkpoints) is
-  in none.
+  sorted and counted. Before it the step before was written down (`record`), which
+  is in no step's seconds. Evaluations are in none.
   """
   busy = ("encode", "rollout", "logprobs", "update")
-  return {"host_stall": seconds - sum(timing.get(name, 0.0) for name in busy)}
+  waited = seconds + timing.get("record", 0.0)
+  return {"host_stall": waited - sum(timing.get(name, 0.0) for name in busy)}
 
 
 def speed(

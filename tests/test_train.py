@@ -424,6 +424,7 @@ def test_what_was_compiled_stands_beside_each_step(undisturbed):
   lines = (undisturbed / "metrics.jsonl").read_text().splitlines()
   steps = [r for r in map(json.loads, lines) if r["kind"] == "train"]
   first, last = steps[0]["timing"], steps[-1]["timing"]
+  assert "record" not in first and last["record"] > 0  # of the step before
   assert first["programs"] > 0 and first["compile"] > 0
   assert last["compile"] < first["compile"]
 

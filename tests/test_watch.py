@@ -43,6 +43,7 @@ def test_a_stall_is_what_no_phase_of_the_devices_took():
   timing = {"data": 1.0, "encode": 0.5, "rollout": 2.0, "logprobs": 0.25}
   timing |= {"score": 0.5, "update": 3.0}
   assert watch.stall(timing, 8.0) == {"host_stall": 2.25}
+  assert watch.stall(timing | {"record": 0.5}, 8.0) == {"host_stall": 2.75}
 
 
 # -- blindness -----------------------------------------------------------------
