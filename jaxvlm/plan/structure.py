@@ -97,22 +97,20 @@ def _update(run: Run, one: Compiled) -> Iterator[str]:
 
 
 def _logits(run: Run, one: Compiled) -> Iterator[str]:
-  """No array holds the logits of half of a chip's tokens."""
+  """No array holds the logits of half of a chip's tokens.
+
+  The head and its gradient, which the compiler may pad, have as many rows as
+  the model is wide; logits of no more tokens cannot be told from them.
+  """
   vocabulary = run.network.config.vocab_size
+  hidden = run.network.config.text_config.hidden_size
   tensor = run.mesh.shape["tensor"]
   widths = {vocabulary, -(-vocabulary // tensor)}
-  most = one.tokens / 2
+  least = max(one.tokens / 2, 1.25 * hidden)
   for lines in one.module.computations.values():
     for line in lines:
       for shape in line.shapes:
         for wide in widths & set(shape.dims):
-          if math.prod(shape.dims) / wide >= most and not _weight(run, shape):
+          rows = math.prod(shape.dims) / wide
+          if rows >= least and hidden not in shape.dims:
             yield f"{one.name}: {line.name} holds logits, {shape}."
-
-
-def _weight(run: Run, shape: Any) -> bool:
-  """Whether it is the size of the head, whole or of a chip."""
-  config = run.network.config
-  count = math.prod(shape.dims)
-  whole = config.vocab_size * config.text_config.hidden_size
-  return whole % count == 0 or count % whole == 0

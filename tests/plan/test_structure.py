@@ -9,7 +9,7 @@ import pytest
 
 from configs import staged
 from jaxvlm import sharding
-from jaxvlm.models import find_family
+from jaxvlm.models import find_family, find_size
 from jaxvlm.plan import chips, hlo, planning, structure
 from jaxvlm.plan.batch import Lengths
 from jaxvlm.plan.planning import Plan, remedy
@@ -177,7 +177,7 @@ def test_a_weight_that_has_as_many_numbers_as_a_cache_is_none():
 
 @needs_libtpu
 def test_what_should_not_be_is_found(plan):
-  """A cache that a step gathers, and logits of all tokens."""
+  """A cache that a step gathers."""
   decode = next(x for x in plan.compiled if x.name == "decode")
   module = decode.module
   loop = next(x for x in module.loops() if module.turns(x) is None)
@@ -195,6 +195,41 @@ def test_what_should_not_be_is_found(plan):
   finally:
     body.remove(gathered)
   assert any("planted" in fault for fault in found)
+
+
+def _holds(array: str, *, size: str, tokens: int) -> list[str]:
+  """Faults of an update on 64 x 4 chips that holds this array."""
+  module = hlo.Module(
+    f"\nENTRY %m (a: {array}) -> {array} {{\n"
+    f"  ROOT %a = {array}{{2,1,0}} parameter(0)\n}}\n"
+  )
+  run = types.SimpleNamespace(
+    network=types.SimpleNamespace(config=find_size(size)),
+    mesh=types.SimpleNamespace(
+      shape={"data": 1, "fsdp": 64, "tensor": 4}, size=256
+    ),
+  )
+  one = types.SimpleNamespace(
+    name="gradient",
+    module=module,
+    cost=module.cost(),
+    replicated=(0, ""),
+    tokens=tokens,
+  )
+  return structure.faults(run, [one])
+
+
+@pytest.mark.parametrize("rows", ["1,16384", "1,8192", "4,4096"])
+def test_logits_of_half_of_the_tokens_are_a_fault(rows):
+  """16384 tokens are 8 times the width of this model."""
+  array = f"f32[{rows},37984]"
+  (fault,) = _holds(array, size="qwen2_5_vl_3b", tokens=16384)
+  assert "holds logits" in fault
+
+
+@pytest.mark.parametrize("rows", ["1,3584", "64,64", "2,3584", "64,56"])
+def test_the_heads_gradient_is_none_padded_or_not(rows):
+  assert not _holds(f"f32[{rows},38016]", size="qwen2_5_vl_7b", tokens=6144)
 
 
 def test_a_plan_of_this_machines_devices_needs_no_tpu():
