@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxvlm import sharding
 from jaxvlm.nn import block_attention, fused_attention, kv_cache
@@ -284,23 +284,33 @@ class Network:
 
   def unstack(self, params: Params) -> Params:
     """Params for `decode`: no tower, and each layer's weights cut out once."""
-    decoder = params["language_model"]
-    layers = {i: _layer(decoder["layers"], i) for i in range(self._num_layers)}
-    kept = {key: tree for key, tree in params.items() if key != "visual"}
-    return {**kept, "language_model": {**decoder, "layers": layers}}
+    layers = [self.cut(params, i) for i in range(self._num_layers)]
+    return self.join(self.cut(params, None), layers)
 
-  def decode_axes(self) -> Params:
-    """What `unstack` gives, with a tuple of logical axes at each leaf."""
+  def cut(self, params: Params, i: Int[ArrayLike, ""] | None) -> Params:
+    """What `decode` reads of layer i; None: of all but the layers."""
+    decoder = params["language_model"]
+    if i is not None:
+      return _layer(decoder["layers"], i)
+    around = {key: tree for key, tree in decoder.items() if key != "layers"}
+    kept = {key: tree for key, tree in params.items() if key != "visual"}
+    return {**kept, "language_model": around}
+
+  def cut_axes(self, i: Int[ArrayLike, ""] | None) -> Params:
+    """What `cut` gives, with a tuple of logical axes at each leaf."""
     axes = self.axes()
-    decoder = axes["language_model"]
-    layer = jax.tree.map(
+    if i is None:
+      return self.cut(axes, None)
+    return jax.tree.map(
       lambda names: names[1:],
-      decoder["layers"],
+      axes["language_model"]["layers"],
       is_leaf=lambda x: isinstance(x, tuple),
     )
-    layers = dict.fromkeys(range(self._num_layers), layer)
-    kept = {key: tree for key, tree in axes.items() if key != "visual"}
-    return {**kept, "language_model": {**decoder, "layers": layers}}
+
+  def join(self, around: Params, layers: Sequence[Params]) -> Params:
+    """The parts of `cut` -> params for `decode`."""
+    decoder = {**around["language_model"], "layers": dict(enumerate(layers))}
+    return {**around, "language_model": decoder}
 
   def decode(
     self,
@@ -374,5 +384,5 @@ def _merge(skeleton: nnx.Module, params: Params) -> Any:
   return nnx.merge(nnx.graphdef(skeleton), params)
 
 
-def _layer(stacked: Any, i: int) -> Any:
+def _layer(stacked: Any, i: Int[ArrayLike, ""]) -> Any:
   return jax.tree.map(lambda x: x[i], stacked)

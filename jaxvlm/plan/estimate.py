@@ -125,7 +125,8 @@ def calls(run: Run) -> Mapping[str, float]:
   patches = each * lengths.visual * run.layout.patches_per_token
   lane = max(lengths.most_visual * run.layout.patches_per_token, 1)
   return found | {
-    "decode weights": 1,
+    "decode weights: around": 1,
+    "decode weights": run.network.config.text_config.num_hidden_layers,
     "tower": max(-(-patches // (4 * lane)), 1),
     "prefill": 1,
     "decode": tokens,

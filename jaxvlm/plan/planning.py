@@ -204,14 +204,8 @@ def make(
 def least(run: Run) -> int:
   """Bytes that a chip holds while it decodes, before anything is compiled."""
   network, mesh, stage = run.network, run.mesh, run.stage
-  axes = network.axes()
-  params = sharding.abstract(mesh, network.shapes(), axes)
-  local = jax.tree.map(
-    lambda names: tuple(None if "embed" in str(n) else n for n in names),
-    axes,
-    is_leaf=lambda x: isinstance(x, tuple),
-  )
-  weights = sharding.abstract(mesh, network.shapes(), local)
+  params = sharding.abstract(mesh, network.shapes(), network.axes())
+  weights = programs.gathered(network, mesh)
   width = jnp.dtype(network.param_dtype).itemsize
   per_number = compiler.size(params) / width
   state = per_number * (8 + 2 * stage.optimizer["compensated"] + 2 * width)

@@ -114,14 +114,7 @@ def _rollout(
     slots=run.slots,
   )
   beside, weights = dict(kept), params
-  decode_weights = compile(
-    f"{prefix}decode weights",
-    slots.unstack,
-    network,
-    mesh,
-    params,
-    beside=beside,
-  )
+  decode_weights = _decode_weights(run, compile, params, beside, prefix)
   beside["decode weights"] = decode_weights
   if longest := max(len(q.pixel_values) for q in asked):
     lane, together = station.encoder.shape(longest, each)
@@ -222,6 +215,52 @@ def _rollout(
       rows(*shapes[0]),
       beside=beside,
     )
+
+
+def _decode_weights(
+  run: Run,
+  compile: Compiler,
+  params: Any,
+  beside: Mapping[str, Any],
+  prefix: str,
+) -> Any:
+  """The weights that decoding reads; its last layer is made beside the rest."""
+  network, mesh = run.network, run.mesh
+
+  def part(name: str, i: Any, others: Any) -> Any:
+    return compile(
+      f"{prefix}{name}",
+      slots.unstack_part,
+      network,
+      mesh,
+      params,
+      i,
+      beside={**beside, "decode weights": others},
+    )
+
+  around = part("decode weights: around", None, ())
+  like = gathered(network, mesh)["language_model"]["layers"]
+  others = network.join(around, [like[i] for i in range(len(like) - 1)])
+  layer = part("decode weights", jax.ShapeDtypeStruct((), jnp.int32), others)
+  return network.join(around, [layer] * len(like))
+
+
+def gathered(network: Network, mesh: Mesh) -> Any:
+  """The weights that decoding reads, as shapes that are placed on the mesh."""
+
+  def part(i: int | None) -> Any:
+    return jax.tree.map(
+      lambda x, axes: jax.ShapeDtypeStruct(
+        x.shape,
+        jnp.dtype(network.dtype),
+        sharding=slots.gathered(mesh, axes, x.shape),
+      ),
+      jax.eval_shape(lambda params: network.cut(params, i), network.shapes()),
+      network.cut_axes(i),
+    )
+
+  number = network.config.text_config.num_hidden_layers
+  return network.join(part(None), [part(0)] * number)
 
 
 def _prompts(

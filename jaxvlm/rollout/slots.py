@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from jaxvlm.models import Network
 from jaxvlm.nn import kv_cache
@@ -64,16 +64,37 @@ class Slots:
   logprobs: Float[Array, "B W C"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def unstack(network: Network, mesh: Mesh, params: Params) -> Params:
-  """Weights as `decode` reads them: cut out of their stacks, cast, gathered."""
+  """Weights as `decode` reads them: cut out of their stacks, cast, gathered.
+
+  One layer at a time: a TPU gathers into a program's own memory and copies its
+  outputs from there, so that one program for all would hold them twice.
+  """
+  around = unstack_part(network, mesh, params, None)
+  number = network.config.text_config.num_hidden_layers
+  layers = [unstack_part(network, mesh, params, i) for i in range(number)]
+  return network.join(around, layers)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def unstack_part(
+  network: Network, mesh: Mesh, params: Params, i: Int[ArrayLike, ""] | None
+) -> Params:
+  """Of layer i; None: of all but the layers."""
 
   def place(x: Array, axes: tuple[str | None, ...]) -> Array:
-    local = tuple(None if RULES.get(a or "") == "fsdp" else a for a in axes)
-    placed = sharding(mesh, local, x.shape)
+    placed = gathered(mesh, axes, x.shape)
     return jax.lax.with_sharding_constraint(x.astype(network.dtype), placed)
 
-  return jax.tree.map(place, network.unstack(params), network.decode_axes())
+  return jax.tree.map(place, network.cut(params, i), network.cut_axes(i))
+
+
+def gathered(
+  mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> NamedSharding:
+  """How a weight lies for `decode`: as elsewhere, but whole over fsdp."""
+  local = tuple(None if RULES.get(a or "") == "fsdp" else a for a in axes)
+  return sharding(mesh, local, shape)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,7 +10,7 @@ import pytest
 from configs import staged
 from jaxvlm import sharding
 from jaxvlm.models import find_family, find_size
-from jaxvlm.plan import chips, hlo, planning, structure
+from jaxvlm.plan import chips, compiler, hlo, planning, structure
 from jaxvlm.plan.batch import Lengths
 from jaxvlm.plan.planning import Plan, remedy
 
@@ -99,6 +99,7 @@ def test_every_program_of_a_step_compiles_for_a_pod(plan):
   names = [one.name for one in plan.compiled]
   assert names == [
     "optimizer state",
+    "decode weights: around",
     "decode weights",
     "tower",
     "prefill",
@@ -118,6 +119,16 @@ def test_every_program_of_a_step_compiles_for_a_pod(plan):
 @needs_libtpu
 def test_nothing_is_gathered_copied_or_held_that_should_not_be(plan):
   assert plan.faults == ()
+
+
+@needs_libtpu
+def test_weights_are_gathered_a_layer_at_a_time(plan):
+  """A TPU gathers into temporaries, and copies outputs from there."""
+  programs = {one.name: one for one in plan.compiled}
+  layer = programs["decode weights"].memory
+  weights = compiler.size(programs["decode"].held["weights"])
+  assert layer.temporaries <= layer.outputs < weights / 4
+  assert layer.outputs + layer.beside["decode weights"] >= weights
 
 
 @needs_libtpu

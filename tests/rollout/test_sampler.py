@@ -253,11 +253,14 @@ class Chain(Network):
   def init_cache(self, Q, G, C):
     return []
 
-  def unstack(self, params):
-    return params
+  def cut(self, params, i):
+    return params if i is None else {}
 
-  def decode_axes(self):
-    return {"table": ("embed", "vocab")}
+  def cut_axes(self, i):
+    return self.cut({"table": ("embed", "vocab")}, i)
+
+  def join(self, around, layers):
+    return around
 
   def decode(
     self, params, ids, position_ids, prompt_cache, mask, cache, written, column
