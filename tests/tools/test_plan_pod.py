@@ -1,0 +1,56 @@
+"""The command as one types it, for this machine's own devices."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import conftest
+
+ROOT = pathlib.Path(__file__).parents[2]
+STAGE = "--config.stages.visual_perception."
+
+
+@pytest.fixture
+def plan(tmp_path):
+  """plan(flags ...): the finished command, for a model of 0.1 M weights."""
+  raw = conftest.TINY["qwen2_5_vl"]
+  (tmp_path / "config.json").write_text(json.dumps(raw))
+
+  def run(*flags):
+    command = [
+      *(
+        sys.executable,
+        "tools/plan_pod.py",
+        "--config=configs/staged.py:files",
+      ),
+      *(f"--config.model.checkpoint={tmp_path}", "--config.mesh.tensor=2"),
+      *("--config.inputs.max_prompt_length=96", "--prompt=24", "--visual=8"),
+      *(f"{STAGE}max_completion_length=32", "--completion=16"),
+      *(f"{STAGE}rollout_questions=8", f"{STAGE}update_questions=8"),
+      *(f"{STAGE}microbatch_tokens=512", f"{STAGE}logprob_chunk=64", *flags),
+    ]
+    return subprocess.run(
+      command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+  return run
+
+
+def test_the_command_ends_with_a_verdict_and_its_status_says_it(plan):
+  done = plan("--topology=local", "--json")
+  assert done.returncode == 0, done.stdout
+  *_, summary = (
+    json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")
+  )
+  assert summary["fits"] and summary["step_seconds"] > 0
+  assert done.stdout.splitlines()[-1] == summary["verdict"]
+  assert summary["verdict"].startswith("fits: 0.0 of 8.0 GiB")
+
+
+def test_what_is_no_topology_is_refused_in_a_line(plan):
+  done = plan("--topology=abacus")
+  assert done.returncode == 1
+  assert done.stderr.splitlines()[-1].startswith("plan_pod: topology: got")
