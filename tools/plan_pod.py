@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxvlm import sharding
-from jaxvlm.plan import chips, hlo, planning
+from jaxvlm.plan import chips, hlo, planning, search
 from jaxvlm.plan.batch import Lengths
 from jaxvlm.plan.chips import GIB
 from jaxvlm.plan.compiler import Compiled
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     chip = chips.find(devices[0])
     config = CONFIG.value.to_dict()
     if SEARCH.value:
-      found = planning.search(
+      found = search.search(
         _tries(config, devices),
         chip,
         efficiency=EFFICIENCY.value,
@@ -132,7 +132,7 @@ def _run(config: dict[str, Any], devices: list[Any]) -> Run:
 def _tries(
   config: dict[str, Any], devices: list[Any]
 ) -> Iterator[tuple[dict[str, Any], Run]]:
-  for overrides in planning.candidates(
+  for overrides in search.candidates(
     config, len(devices), STAGE.value or config["schedule"][0]
   ):
     changed = copy.deepcopy(config)

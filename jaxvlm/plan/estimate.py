@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from jaxvlm.plan import batch
 from jaxvlm.plan.chips import Chip
-from jaxvlm.plan.compiler import Compiled
+from jaxvlm.plan.compiler import Compiled, size
 from jaxvlm.plan.programs import Run, microbatches
 from jaxvlm.rollout import sampler
 
@@ -68,7 +68,9 @@ def estimate(
   run: Run, compiled: Sequence[Compiled], chip: Chip, efficiency: float
 ) -> Estimate:
   """The time of a step of the stage at the run's mean lengths."""
-  counts, attention = calls(run), attention_flops(run)
+  named = {one.name: one for one in compiled}
+  counts = calls(run, _weights_share(run, named.get("decode")))
+  attention = attention_flops(run)
   programs = []
   for one in compiled:
     if count := counts.get(one.name, 0.0):
@@ -92,8 +94,13 @@ def estimate(
   )
 
 
-def calls(run: Run) -> Mapping[str, float]:
-  """How often each program runs in a step; decoding is counted in tokens."""
+def calls(run: Run, weights: float) -> Mapping[str, float]:
+  """How often each program runs in a step; decoding is counted in tokens.
+
+  Args:
+    run: whose.
+    weights: share of a decode step's traffic that does not shrink with its rows.
+  """
   stage, lengths = run.stage, run.lengths
   micro = microbatches(run)[0].groups.shape[0] * stage.updates_per_rollout
   policies = stage.asks_old_logprobs + bool(stage.kl_coef)
@@ -104,21 +111,12 @@ def calls(run: Run) -> Mapping[str, float]:
   }
   if stage.kind == "sft":
     return found
-  each = stage.rollout_questions // run.shards
-  group = stage.num_completions
-  at_once, fresh = sampler.in_flight(
-    run.slots, shards=run.shards, each=each, group=group
-  )
-  steps = decode_steps(
-    batch.completion_lengths(each * group, lengths).reshape(group, each).T,
-    at_once,
-    fresh,
-    list(sampler.ladder(each, (at_once, group))),
-  )
-  rows = at_once * group
+  each, steps = stage.rollout_questions // run.shards, decoded(run)
+  at_once, fresh = in_flight(run)
+  rows = at_once * stage.num_completions
   # A smaller shape reads the weights as before and less of the caches.
   tokens = sum(
-    count * (WEIGHTS + (1 - WEIGHTS) * blocks * slots / rows)
+    count * (weights + (1 - weights) * blocks * slots / rows)
     for blocks, slots, count in steps
   )
   more = -(-(each - at_once) // fresh)
@@ -136,7 +134,39 @@ def calls(run: Run) -> Mapping[str, float]:
   }
 
 
-WEIGHTS = 0.3  # share of a decode step's traffic that does not shrink with rows
+def in_flight(run: Run) -> tuple[int, int]:
+  """Blocks of a data shard that decode at once, and are admitted together."""
+  stage, shards = run.stage, run.shards
+  return sampler.in_flight(
+    run.slots,
+    shards=shards,
+    each=stage.rollout_questions // shards,
+    group=stage.num_completions,
+  )
+
+
+def decoded(run: Run) -> list[tuple[int, int, int]]:
+  """(blocks, slots, tokens) of each shape in which a data shard decodes."""
+  each = run.stage.rollout_questions // run.shards
+  group = run.stage.num_completions
+  at_once, fresh = in_flight(run)
+  return decode_steps(
+    batch.completion_lengths(each * group, run.lengths).reshape(group, each).T,
+    at_once,
+    fresh,
+    list(sampler.ladder(each, (at_once, group))),
+  )
+
+
+def _weights_share(run: Run, decode: Compiled | None) -> float:
+  """Of a decode step's traffic, what reads weights."""
+  if decode is None:
+    return 0.0
+  weights = decode.held["weights"]
+  read = size(weights)
+  if not run.network.config.tie_word_embeddings:
+    read -= size(weights["language_model"]["embed_tokens"])  # few rows of it
+  return min(read / decode.cost.bytes, 1.0)
 
 
 def decode_steps(

@@ -1,19 +1,17 @@
-"""A plan: the programs of a config on a mesh, whether they fit, and a search."""
+"""A plan: the programs of a config on a mesh, and whether they fit."""
 
 import dataclasses
 import json
 import pathlib
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxvlm import models, sharding
 from jaxvlm.models import Network
-from jaxvlm.plan import compiler, estimate, programs, structure
+from jaxvlm.plan import estimate, programs, structure
 from jaxvlm.plan.batch import Lengths
 from jaxvlm.plan.chips import GIB, Chip
 from jaxvlm.plan.compiler import Compiled, Compiler, TooLarge
@@ -196,109 +194,3 @@ def make(
     faults=tuple(structure.faults(run, compiled)),
     estimate=told,
   )
-
-
-# -- the search ----------------------------------------------------------------
-
-
-def least(run: Run) -> int:
-  """Bytes that a chip holds while it decodes, before anything is compiled."""
-  network, mesh, stage = run.network, run.mesh, run.stage
-  params = sharding.abstract(mesh, network.shapes(), network.axes())
-  weights = programs.gathered(network, mesh)
-  width = jnp.dtype(network.param_dtype).itemsize
-  per_number = compiler.size(params) / width
-  state = per_number * (8 + 2 * stage.optimizer["compensated"] + 2 * width)
-  text = network.config.text_config
-  group, shards = stage.num_completions, run.shards
-  at_once, _ = sampler.in_flight(
-    run.slots,
-    shards=shards,
-    each=stage.rollout_questions // shards,
-    group=group,
-  )
-  heads = text.num_key_value_heads
-  heads //= 1 if heads % mesh.shape["tensor"] else mesh.shape["tensor"]
-  columns = run.lengths.longest_prompt + group * stage.max_completion_length
-  cache = 4 * text.num_hidden_layers * heads * text.head_dim * columns
-  return int(state + compiler.size(weights) + at_once * cache)
-
-
-def candidates(
-  config: Mapping[str, Any], devices: int, stage: str
-) -> Iterator[dict[str, Any]]:
-  """Overrides to try, those that cost least time first; slots change fastest."""
-  fields = config["stages"][stage]
-  questions, group = fields["rollout_questions"], fields["num_completions"]
-  asked = config["evaluation"]["batch_questions"]
-  for tensor in (1, 2, 4, 8):
-    if devices % tensor or questions % (devices // tensor):
-      continue
-    shards = devices // tensor
-    mesh = {"mesh.tensor": tensor, "mesh.fsdp": shards, "mesh.data": 1}
-    if asked % shards:
-      mesh["evaluation.batch_questions"] = -(-asked // shards) * shards
-    for less in _reliefs(config):
-      for part in (1, 2, 4, 8, 16, 32):
-        if part <= questions // shards:
-          slots = questions // shards // part * group * shards
-          slots = 0 if part == 1 else slots
-          yield mesh | less | {"sampler.slots": slots}
-
-
-def _reliefs(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-  """Overrides with which an update takes ever less memory, and more time."""
-  less: dict[str, Any] = {}
-  yield dict(less)
-  if config["model"]["remat"] != "full":
-    less["model.remat"] = "full"
-    yield dict(less)
-  smaller = {}
-  for name in config["schedule"]:
-    fields = config["stages"][name]
-    longest = fields["num_completions"] * fields["max_completion_length"]
-    longest += config["inputs"]["max_prompt_length"]
-    if longest < fields["microbatch_tokens"]:
-      smaller[f"stages.{name}.microbatch_tokens"] = longest
-  if smaller:
-    yield less | smaller
-
-
-def search(
-  tries: Iterator[tuple[dict[str, Any], Run]],
-  chip: Chip,
-  *,
-  efficiency: float,
-  budget: float,
-  told: Callable[[dict[str, Any], Plan], None],
-) -> tuple[dict[str, Any], Plan] | None:
-  """The first of these runs that fits; None: none did within the budget.
-
-  Fewer slots are no help where the update is too large, and change none of its
-  programs: those are compiled once.
-
-  Args:
-    tries: overrides, and the run with them.
-    chip: of the mesh.
-    efficiency: as in `estimate`.
-    budget: seconds after which no other is begun.
-    told: of each that was compiled.
-  """
-  started = time.monotonic()
-  mesh, hopeless = None, None
-  known: dict[str, Any] = {}
-  for overrides, run in tries:
-    if time.monotonic() - started > budget:
-      return None
-    rest = {k: x for k, x in overrides.items() if k != "sampler.slots"}
-    if rest == hopeless or least(run) > chip.hbm:
-      continue
-    if run.mesh != mesh:
-      mesh, known = run.mesh, {}
-    plan = make(run, chip, efficiency=efficiency, known=known, brief=True)
-    told(overrides, plan)
-    if plan.fits:
-      return overrides, plan
-    if plan.largest[0] in (*READS, *STATES):
-      hopeless = rest
-  return None

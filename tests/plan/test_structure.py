@@ -54,11 +54,10 @@ LENGTHS = Lengths(
 )
 
 
-def make_plan(topology: str, tensor: int, slots: int = 0, **model) -> Plan:
+def make_plan(topology: str, *, tensor: int, slots: int) -> Plan:
   config = staged.get_config("qwen2_5_vl_3b").to_dict()
   config["mesh"] |= {"data": 1, "fsdp": -1, "tensor": tensor}
   config["sampler"]["slots"] = slots
-  config["model"] |= model
   stage = config["stages"]["visual_perception"]
   stage |= {"rollout_questions": 16, "update_questions": 16}
   stage |= {"updates_per_rollout": 2, "microbatch_tokens": 2048}
@@ -241,14 +240,6 @@ def test_logits_of_half_of_the_tokens_are_a_fault(rows):
 @pytest.mark.parametrize("rows", ["1,3584", "64,64", "2,3584", "64,56"])
 def test_the_heads_gradient_is_none_padded_or_not(rows):
   assert not _holds(f"f32[{rows},38016]", size="qwen2_5_vl_7b", tokens=6144)
-
-
-def test_a_plan_of_this_machines_devices_needs_no_tpu():
-  plan = make_plan("local", tensor=2)
-  assert {"decode", "gradient"} <= {one.name for one in plan.compiled}
-  assert plan.estimate is not None and plan.estimate.seconds > 0
-  decode = next(x for x in plan.compiled if x.name == "decode")
-  assert decode.memory.live > decode.memory.peak  # the optimizer lies beside
 
 
 @pytest.mark.parametrize(

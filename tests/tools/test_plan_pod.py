@@ -11,6 +11,7 @@ from tests import conftest
 
 ROOT = pathlib.Path(__file__).parents[2]
 STAGE = "--config.stages.visual_perception."
+EVALUATION = "--config.evaluation."
 
 
 @pytest.fixture
@@ -40,11 +41,22 @@ def plan(tmp_path):
 
 
 def test_the_command_ends_with_a_verdict_and_its_status_says_it(plan):
-  done = plan("--topology=local", "--json")
+  done = plan(
+    *("--topology=local", "--json", f"{EVALUATION}num_completions=2"),
+    *(
+      f"{EVALUATION}capabilities=('visual_perception',)",
+      f"{EVALUATION}batch_questions=8",
+    ),
+    f"{EVALUATION}max_completion_length=32",
+  )
   assert done.returncode == 0, done.stdout
-  *_, summary = (
+  *programs, summary = (
     json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")
   )
+  named = {one["program"]: one for one in programs}
+  assert {"gradient", "evaluation: decode"} <= named.keys()
+  decode = named["decode"]
+  assert decode["live"] > decode["peak"]  # the optimizer lies beside
   assert summary["fits"] and summary["step_seconds"] > 0
   assert done.stdout.splitlines()[-1] == summary["verdict"]
   assert summary["verdict"].startswith("fits: 0.0 of 8.0 GiB")
