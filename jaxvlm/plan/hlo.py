@@ -226,8 +226,8 @@ class Module:
       whole, written = [whole[1]], whole[1]
     elif line.opcode == "slice-start":  # (operand, slice, context)
       whole, written = [_hbm_size(line.shapes[1:2])], _hbm(line.shapes[1:2])
-    elif line.opcode.endswith("-start"):
-      written /= 2  # the tuple names its operand again
+    elif line.opcode.endswith("-start") and len(line.shapes) > len(operands):
+      written -= sum(whole)  # the tuple names its operands again
     return float(sum(whole) + written)
 
   def _read(

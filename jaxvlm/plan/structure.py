@@ -52,10 +52,11 @@ def _decode(one: Compiled) -> Iterator[str]:
         if kind in hlo.MOVES and many in arrays and shape.bytes >= SMALL:
           yield f"{one.name}: {line.name} exchanges {shape} in each step."
           break
-        # A copy to the chip is how it is read.
+        # A copy to the chip is how it is read, and back how it is written.
+        here = not any(x.on_chip for x in line.shapes[:2] if x.dims)
         copied = kind in ("copy", "transpose") and many in caches
         copied &= shape.dims not in own  # a weight may have as many numbers
-        if copied and not line.shapes[0].on_chip and shape.bytes >= SMALL:
+        if copied and here and shape.bytes >= SMALL:
           yield f"{one.name}: {line.name} copies a cache, {shape}, in {where}."
           break
 

@@ -90,6 +90,18 @@ ENTRY %main (a: f32[1024]) -> f32[256] {
   assert hlo.Module(text).cost().bytes == 1024 + 1024
 
 
+@pytest.mark.parametrize(("here", "there"), [("", "S(1)"), ("S(1)", "")])
+def test_a_copy_to_the_chip_or_from_it_counts_once(here, there):
+  text = f"""
+ENTRY %main (a: f32[1024]) -> f32[1024] {{
+  %a = f32[1024]{{0:T(1024){here}}} parameter(0)
+  %b = (f32[1024]{{0:T(1024){there}}}, f32[1024]{{0:T(1024){here}}}, u32[]{{:S(2)}}) copy-start(%a)
+  ROOT %c = f32[1024]{{0:T(1024){there}}} copy-done(%b)
+}}
+"""
+  assert hlo.Module(text).cost().bytes == 4096
+
+
 def test_a_window_counts_what_it_meets_alone():
   """Padding that makes every output see one input is no work."""
   line = (

@@ -141,16 +141,20 @@ def test_a_kernel_attends_where_the_mesh_consists_of_tpus(plan):
   assert any("tpu_custom_call" in line for line in text)
 
 
-def _copies(on_chip: bool, *, weight: tuple[int, ...] = ()) -> list[str]:
-  """Faults of a decode loop that copies a cache of 2 MiB, in HBM or to the chip.
+HBM = "f32[4,1024,1,128]{3,2,1,0:T(8,128)}"
+CHIP = "f32[4,1024,1,128]{3,2,1,0:T(8,128)S(1)}"
+
+
+def _copies(*lines: str, weight: tuple[int, ...] = ()) -> list[str]:
+  """Faults of a decode loop of these lines, with a cache of 2 MiB.
 
   With weights of this shape.
   """
-  cache = "f32[4,1024,1,128]{3,2,1,0" + (":T(8,128)S(1)}" if on_chip else "}")
+  body = "\n".join(f"  {line}" for line in lines)
   text = f"""
 %body (p: f32[4,1024,1,128]) -> f32[4,1024,1,128] {{
-  %p = f32[4,1024,1,128]{{3,2,1,0}} parameter(0)
-  ROOT %c = {cache} copy(%p)
+  %p = {HBM} parameter(0)
+{body}
 }}
 
 %condition (p: f32[4,1024,1,128]) -> pred[] {{
@@ -176,13 +180,19 @@ ENTRY %main (a: f32[4,1024,1,128]) -> f32[4,1024,1,128] {{
   return structure.faults(None, [one])
 
 
-def test_a_cache_that_a_step_copies_is_a_fault_and_its_reading_is_none():
-  assert len(_copies(on_chip=False)) == 1
-  assert _copies(on_chip=True) == []
+def test_a_cache_that_a_step_copies_is_a_fault():
+  assert len(_copies(f"ROOT %c = {HBM} copy(%p)")) == 1
+
+
+def test_a_cache_that_is_read_and_written_on_the_chip_is_none():
+  read = f"%c = {CHIP} copy(%p)"
+  back = f"%s = ({HBM}, {CHIP}, u32[]{{:S(2)}}) copy-start(%c)"
+  assert _copies(read, back, f"ROOT %d = {HBM} copy-done(%s)") == []
 
 
 def test_a_weight_that_has_as_many_numbers_as_a_cache_is_none():
-  assert _copies(on_chip=False, weight=(4, 1024, 1, 128)) == []
+  copy = f"ROOT %c = {HBM} copy(%p)"
+  assert _copies(copy, weight=(4, 1024, 1, 128)) == []
 
 
 @needs_libtpu
