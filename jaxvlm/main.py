@@ -101,14 +101,14 @@ def parse(argv: list[str]) -> list[str]:
       raise  # the config file's own
     raise SystemExit(f"jaxvlm: {unknown}") from error
   except OSError as error:
-    if not _config_file(argv):
+    if not config_file(argv):
       raise SystemExit(_NO_CONFIG) from error
-    file = _config_file(argv).partition(":")[0]
+    file = config_file(argv).partition(":")[0]
     if pathlib.Path(file).exists():
       raise  # the config file's own
     raise SystemExit(f"jaxvlm: {file}: no such config file.") from error
   except flags.Error as error:
-    if not _config_file(argv):
+    if not config_file(argv):
       raise SystemExit(_NO_CONFIG) from error
     # What a config file raises comes wrapped twice, with a traceback each.
     root: BaseException = error
@@ -128,7 +128,7 @@ def _no_number(told: str) -> str | None:
   return f"--{field}: got {value!r}; expected a {kind}."
 
 
-def _config_file(argv: list[str]) -> str:
+def config_file(argv: list[str]) -> str:
   """The value of --config."""
   found = re.search(r"^--?config[=\n](.*)$", "\n".join(argv), re.MULTILINE)
   return found.group(1) if found else ""
@@ -136,7 +136,7 @@ def _config_file(argv: list[str]) -> str:
 
 def _unknown_field(argv: list[str]) -> str | None:
   """The first --config.* that names no field, and what there is."""
-  config = flags.FLAGS["config"].parser.parse(_config_file(argv))
+  config = flags.FLAGS["config"].parser.parse(config_file(argv))
   for argument in argv[1:]:
     field = re.match(r"--?(?:no)?(config\.[\w.]+)", argument)
     owner, here = config, "config"

@@ -16,25 +16,22 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if __name__ == "__main__":
   sys.path[0] = os.getcwd()  # as python -m has it: configs import each other
 
 from absl import app, flags
-from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from jaxvlm import sharding
+from jaxvlm import main, sharding
 from jaxvlm.plan import chips, hlo, planning, search
 from jaxvlm.plan.batch import Lengths
 from jaxvlm.plan.chips import GIB
 from jaxvlm.plan.compiler import Compiled
 from jaxvlm.plan.planning import Plan
-from jaxvlm.plan.programs import PARTS as PARTS_OF_A_RUN
+from jaxvlm.plan.programs import PARTS as ALL
 from jaxvlm.plan.programs import Run
 
-CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 TOPOLOGY = flags.DEFINE_string(
   "topology", "local", "v5e:4x4, v6e:8x8, v5p:4x4x4 (chips), ...; or local."
 )
@@ -48,8 +45,8 @@ COMPLETION = flags.DEFINE_integer("completion", 512, "Mean of a completion.")
 EFFICIENCY = flags.DEFINE_float(
   "efficiency", 0.5, "Share of the chip's rates that is taken to be reached."
 )
-PARTS = flags.DEFINE_list(
-  "parts", list(PARTS_OF_A_RUN), "Those that are compiled."
+PARTS = flags.DEFINE_multi_enum(
+  "parts", list(ALL), list(ALL), "Those that are compiled; --search: all."
 )
 JSON = flags.DEFINE_bool("json", False, "A JSON line for each program, too.")
 SEARCH = flags.DEFINE_float(
@@ -57,13 +54,14 @@ SEARCH = flags.DEFINE_float(
 )
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def plan(argv: list[str]) -> None:
+  if len(argv) > 1:
+    sys.exit(f"plan_pod: unexpected arguments: {' '.join(argv[1:])}")
   screen = Console(stderr=True)
   try:
     devices = chips.devices(TOPOLOGY.value)
     chip = chips.find(devices[0])
-    config = CONFIG.value.to_dict()
+    config = main.CONFIG.value.to_dict()
     if SEARCH.value:
       found = search.search(
         _tries(config, devices),
@@ -74,12 +72,12 @@ def main(argv: list[str]) -> None:
       )
       if found is None:
         sys.exit("plan_pod: nothing that fits was found within the budget.")
-      overrides, plan = found
+      overrides, made = found
       flat = (f"--config.{name}={x}" for name, x in overrides.items())
       print(" ".join(flat))
     else:
       run = _run(config, devices)
-      plan = planning.make(
+      made = planning.make(
         run,
         chip,
         efficiency=EFFICIENCY.value,
@@ -88,25 +86,25 @@ def main(argv: list[str]) -> None:
           f"compiled {one.name}, {one.seconds:.0f} s"
         ),
       )
-  except ValueError as error:
+  except (OSError, ValueError) as error:
     sys.exit(f"plan_pod: {error}")
   if JSON.value:
-    for one in plan.compiled:
-      print(json.dumps(_record(plan, one)))
-    print(json.dumps(_summary(plan)))
-  _show(plan, Console(width=None if sys.stdout.isatty() else 150))
-  if plan.faults or not plan.fits:
+    for one in made.compiled:
+      print(json.dumps(_record(made, one)))
+    print(json.dumps(_summary(made)))
+  _show(made, Console(width=None if sys.stdout.isatty() else 150))
+  if made.faults or not made.fits:
     sys.exit(1)
 
 
 def _run(config: dict[str, Any], devices: list[Any]) -> Run:
   mesh = sharding.make_mesh(**config["mesh"], devices=devices)
-  argument = next(a for a in sys.argv if "config=" in a).partition(":")[2]
   size = MODEL.value
   if not size and not config["model"]["checkpoint"]:
+    argument = main.config_file(sys.argv).partition(":")[2]
     size = argument.partition(",")[0]
   architecture = planning.network_config(config, size)
-  name = STAGE.value or config["schedule"][0]
+  stage = planning.find_stage(config, STAGE.value)
   longest = config["inputs"]["max_prompt_length"]
   tower = architecture.vision_config
   side = tower.patch_size * tower.spatial_merge_size
@@ -117,14 +115,14 @@ def _run(config: dict[str, Any], devices: list[Any]) -> Run:
     visual=VISUAL.value,
     most_visual=min(most, longest - 64) if VISUAL.value else 0,
     completion=COMPLETION.value,
-    longest_completion=config["stages"][name]["max_completion_length"],
+    longest_completion=stage.max_completion_length,
   )
   with sharding.use(mesh):
     return planning.make_run(
       config,
       mesh=mesh,
       architecture=architecture,
-      stage=name,
+      stage=stage.name,
       lengths=lengths,
     )
 
@@ -133,7 +131,7 @@ def _tries(
   config: dict[str, Any], devices: list[Any]
 ) -> Iterator[tuple[dict[str, Any], Run]]:
   for overrides in search.candidates(
-    config, len(devices), STAGE.value or config["schedule"][0]
+    config, len(devices), planning.find_stage(config, STAGE.value).name
   ):
     changed = copy.deepcopy(config)
     for path, value in overrides.items():
@@ -250,4 +248,4 @@ def _show_work(plan: Plan, screen: Console) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(plan, flags_parser=main.parse)

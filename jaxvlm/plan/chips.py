@@ -94,6 +94,9 @@ def devices(topology: str) -> list[Any]:
   """
   if topology == "local":
     return list(jax.devices())
+  # Chips of this machine are not asked for: its CPU traces the programs.
+  if not os.environ.get("JAX_PLATFORMS"):
+    jax.config.update("jax_platforms", "cpu")
   # libtpu looks for a machine's metadata otherwise, waits for it, and lets no
   # other process load it, for a TPU has one owner.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

@@ -2,14 +2,14 @@
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from jaxvlm import models, sharding
+from jaxvlm import models, paths, sharding
 from jaxvlm.models import Network
 from jaxvlm.plan import estimate, programs, structure
 from jaxvlm.plan.batch import Lengths
@@ -27,6 +27,7 @@ class Plan:
 
   run: Run
   chip: Chip
+  parts: tuple[str, ...]  # of programs.PARTS, those that were compiled
   compiled: tuple[Compiled, ...]
   too_large: TooLarge | None  # what the compiler gave up at
   faults: tuple[str, ...]
@@ -49,8 +50,10 @@ class Plan:
   def verdict(self) -> str:
     name, most = self.largest
     told = f"{most / GIB:.1f} of {self.chip.hbm / GIB:.1f} GiB at {name!r}"
+    whole = set(self.parts) == set(programs.PARTS)
+    part = "" if whole else f" as far as {', '.join(self.parts)} goes"
     if self.fits:
-      return f"fits: {told}"
+      return f"fits{part}: {told}"
     over = (most - self.chip.hbm) / GIB
     return f"does not fit: {told}, {over:.1f} too much; {remedy(name)}"
 
@@ -78,18 +81,38 @@ def network_config(config: Mapping[str, Any], size: str) -> Any:
 
   Raises:
     ValueError: neither names one.
+    OSError: the checkpoint is not there.
   """
   if size:
     return models.find_size(size)
   model = config["model"]
   if model["checkpoint"]:
-    path = pathlib.Path(model["checkpoint"]).expanduser() / "config.json"
+    path = paths.path(model["checkpoint"]) / "config.json"
     raw = json.loads(path.read_text())
     return models.find_family(raw.get("model_type")).Config.from_hf(raw)
   raise ValueError(
     "model: got no --model; expected a published size, as qwen2_5_vl_7b, or "
     "--config.model.checkpoint."
   )
+
+
+def find_stage(config: Mapping[str, Any], name: str) -> Stage:
+  """The stage of this name; "": the first of the schedule.
+
+  Raises:
+    ValueError: there is none.
+  """
+  name = name or config["schedule"][0]
+  if name not in config["stages"]:
+    raise ValueError(
+      f"stage: no {name!r}; there are {', '.join(config['stages'])}."
+    )
+  return Stage(name=name, **config["stages"][name])
+
+
+def count_hosts(devices: np.ndarray) -> int:
+  """Those that hold a mesh's devices, which say so though they are not there."""
+  return len({device.process_index for device in devices.flat})
 
 
 def make_run(
@@ -105,14 +128,9 @@ def make_run(
   Raises:
     ValueError: the config is wrong, or the mesh does not divide its sizes.
   """
-  name = stage or config["schedule"][0]
-  if name not in config["stages"]:
-    raise ValueError(
-      f"stage: no {name!r}; there are {', '.join(config['stages'])}."
-    )
-  found = Stage(name=name, **config["stages"][name])
+  found = find_stage(config, stage)
   shards = sharding.data_shards(mesh)
-  found.check_shards(shards, 1)
+  found.check_shards(shards, count_hosts(mesh.devices))
   model = config["model"]
   fields = config["evaluation"]
   if fields["batch_questions"] % shards:
@@ -189,6 +207,7 @@ def make(
   return Plan(
     run=run,
     chip=chip,
+    parts=tuple(parts),
     compiled=tuple(compiled),
     too_large=failed,
     faults=tuple(structure.faults(run, compiled)),

@@ -1,5 +1,7 @@
 """What a plan refuses, and what it compiles once."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -16,19 +18,14 @@ def config():
   return staged.get_config("qwen2_5_vl_3b").to_dict()
 
 
-def test_a_plan_refuses_batches_of_an_evaluation_that_do_not_divide():
-  fields = config()
-  fields["evaluation"]["batch_questions"] = 12
+def make_run(fields, stage=STAGE):
   mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1, slices=-1)
-  with (
-    sharding.use(mesh),
-    pytest.raises(ValueError, match=r"batch_questions: got 12.*8 data shards"),
-  ):
-    planning.make_run(
+  with sharding.use(mesh):
+    return planning.make_run(
       fields,
       mesh=mesh,
       architecture=models.find_size("qwen2_5_vl_3b"),
-      stage=STAGE,
+      stage=stage,
       lengths=Lengths(
         prompt=512,
         longest_prompt=2048,
@@ -38,6 +35,31 @@ def test_a_plan_refuses_batches_of_an_evaluation_that_do_not_divide():
         longest_completion=2048,
       ),
     )
+
+
+def test_a_plan_refuses_batches_of_an_evaluation_that_do_not_divide():
+  fields = config()
+  fields["evaluation"]["batch_questions"] = 12
+  with pytest.raises(ValueError, match=r"batch_questions: got 12.*8 data sha"):
+    make_run(fields)
+
+
+def test_a_plan_refuses_updates_that_the_pods_hosts_do_not_divide(monkeypatch):
+  pod = [SimpleNamespace(process_index=i // 4) for i in range(256)]
+  assert planning.count_hosts(np.array(pod).reshape(1, 64, 4)) == 64
+  fields = config()
+  fields["stages"][STAGE]["updates_per_rollout"] = 16
+  make_run(fields)  # of one host
+  monkeypatch.setattr(planning, "count_hosts", lambda devices: 64)
+  with pytest.raises(ValueError, match=r"got 512.*1024 .64 hosts, 16 updates"):
+    make_run(fields)
+
+
+def test_a_stage_that_is_not_there_is_named():
+  with pytest.raises(
+    ValueError, match=r"no 'dreaming'; there are .*perception"
+  ):
+    make_run(config(), stage="dreaming")
 
 
 def test_a_program_that_is_known_is_not_compiled_again():

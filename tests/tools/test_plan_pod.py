@@ -62,7 +62,28 @@ def test_the_command_ends_with_a_verdict_and_its_status_says_it(plan):
   assert summary["verdict"].startswith("fits: 0.0 of 8.0 GiB")
 
 
-def test_what_is_no_topology_is_refused_in_a_line(plan):
-  done = plan("--topology=abacus")
+@pytest.mark.parametrize(
+  ("flags", "told"),
+  [
+    (["--topology=abacus"], "plan_pod: topology: got 'abacus'"),
+    (["--stage=dreaming"], "plan_pod: stage: no 'dreaming'"),
+    (["--parts=roof"], "jaxvlm: flag --parts=roof"),
+    (
+      ["--config.roof=3"],
+      "jaxvlm: --config: no field 'roof'; there are allows",
+    ),
+    (["--config.model.checkpoint=/nowhere"], "plan_pod: [Errno 2]"),
+  ],
+)
+def test_what_is_wrong_is_refused_in_a_line(plan, flags, told):
+  done = plan(*flags)
   assert done.returncode == 1
-  assert done.stderr.splitlines()[-1].startswith("plan_pod: topology: got")
+  assert done.stderr.splitlines()[-1].startswith(told), done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_a_part_is_not_the_whole(plan):
+  done = plan("--topology=local", "--parts=evaluation")
+  assert done.returncode == 0, done.stdout
+  verdict = done.stdout.splitlines()[-1]
+  assert verdict.startswith("fits as far as evaluation goes: 0.0 of 8.0 GiB")
