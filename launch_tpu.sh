@@ -116,7 +116,8 @@ check_options() {
     refuse "--name: got '$name'; expected a-z, 0-9 and -, a letter first"
   [[ $zone ]] || refuse "--zone: expected the TPU's, as --zone=us-east5-b"
   [[ $slices =~ ^[1-9][0-9]*$ ]] || refuse "--slices: got '$slices'"
-  [[ $max_restarts =~ ^[0-9]+$ ]] || refuse "--max-restarts: got '$max_restarts'"
+  [[ $max_restarts =~ ^(0|[1-9][0-9]*)$ ]] ||
+    refuse "--max-restarts: got '$max_restarts'; expected a whole number, as 3"
   [[ $poll =~ ^[0-9]*\.?[0-9]+$ ]] || refuse "--poll: got '$poll'; in seconds"
   [[ ! $existing || ! $accelerator$spot$cleanup ]] ||
     refuse "--existing takes a TPU as it is: no --accelerator, --spot, --cleanup"
@@ -144,25 +145,34 @@ usual_runtime() {
   esac
 }
 
-# The run's workdir as its flags give it; empty: the config's own.
-workdir() {
+# The value of one of the run's flags; the last that is given counts.
+given() {
   local flag
   for flag in "${run_flags[@]}"; do
-    [[ $flag != --config.workdir=* ]] || echo "${flag#*=}"
+    [[ $flag != "--$1="* ]] || echo "${flag#*=}"
   done | tail -n 1
+}
+
+# The run's workdir without slashes that name nothing: in a bucket a//b is not a/b.
+workdir() {
+  given config.workdir | sed -E 's|/+|/|g; s|/$||; s|^gs:/|gs://|'
 }
 
 check_workdir() {
   local where
   where=$(workdir)
   [[ $where != gs://* ]] || return 0
+  # Any other would lie in the installed tree, and with the next commit elsewhere.
+  [[ $where == /* ]] ||
+    refuse "--config.workdir: got '$(given config.workdir)'; expected" \
+      "--config.workdir=gs://BUCKET/DIRECTORY after --, or an absolute path"
   if [[ $existing ]]; then
-    say "the workdir '${where:-of the config}' is not on gs://: it is lost with" \
-      "this TPU's disks, and a pod's hosts do not share one."
+    say "the workdir '$where' is not on gs://: it is lost with this TPU's disks," \
+      "and a pod's hosts do not share one."
   elif ((max_restarts)); then
-    refuse "the workdir '${where:-of the config}' goes with the pod's disks when" \
-      "it is preempted; expected --config.workdir=gs://BUCKET/DIRECTORY after --," \
-      "or --max-restarts=0 for a run that may be lost"
+    refuse "the workdir '$where' goes with the pod's disks when it is preempted;" \
+      "expected --config.workdir=gs://BUCKET/DIRECTORY after --, or" \
+      "--max-restarts=0 for a run that may be lost"
   fi
 }
 
@@ -181,6 +191,15 @@ snapshot() {
   GIT_INDEX_FILE=$scratch/index git -C "$root" read-tree HEAD
   GIT_INDEX_FILE=$scratch/index git -C "$root" add --all
   GIT_INDEX_FILE=$scratch/index git -C "$root" write-tree | cut -c -12
+}
+
+check_config() {
+  local file
+  file=$(given config)
+  file=${file%%:*}
+  [[ $(git -C "$root" cat-file -t "$tree:$file" 2>/dev/null || true) == blob ]] ||
+    refuse "--config: got '$file', which is no file of the tree that is installed;" \
+      "expected one that git tracks, as configs/staged.py"
 }
 
 install() {
@@ -210,9 +229,9 @@ finished() {
   where=$(workdir)
   if [[ $where == gs://* ]]; then
     call gcloud storage ls "$where/hf/config.json" >/dev/null 2>&1
-  elif [[ $where ]]; then
+  else
     on_first "test -e $(printf '%q' "$where")/hf/config.json" >/dev/null 2>&1
-  fi # else: what ended well is believed
+  fi
 }
 
 # The step of the newest whole checkpoint on gs://, or -1.
@@ -313,6 +332,7 @@ attempt() {
 run() {
   local restarts=0 last step
   tree=$(snapshot)
+  check_config
   last=$(newest)
   while true; do
     attempt

@@ -163,6 +163,8 @@ def list_objects(address):
   import glob
 
   gs = f"{CLOUD}/gs/"
+  if "//" in address.removeprefix("gs://"):
+    return 1  # to a bucket a//b is not a/b, which a file system has it be
   found = sorted(glob.glob(gs + address.removeprefix("gs://bucket/")))
   for path in found:
     print(f"gs://bucket/{path.removeprefix(gs)}")

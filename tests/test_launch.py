@@ -98,6 +98,7 @@ def repository(tmp_path_factory):
   """With what the launcher needs, committed."""
   home = tmp_path_factory.mktemp("repository")
   (home / "tools").mkdir()
+  shutil.copytree(ROOT / "configs", home / "configs")
   for name in ("launch_tpu.sh", "tools/tpu_pod.sh", "tools/tpu_worker.sh"):
     shutil.copy(ROOT / name, home / name)
   git = ("git", "-C", home, "-c", "user.name=x", "-c", "user.email=x@x")
@@ -395,6 +396,14 @@ def test_the_commands_of_the_documents_are_taken(cloud):
     (("--poll=soon", *NEW), FLAGS, "--poll: got 'soon'"),
     (("--slices=0", *NEW), FLAGS, "--slices: got '0'"),
     (("--max-restarts=-1", *NEW), FLAGS, "--max-restarts: got '-1'"),
+    (("--max-restarts=08", *NEW), FLAGS, "--max-restarts: got '08'"),
+    (("--existing",), FLAGS[:1], "--config.workdir: got ''"),
+    *(
+      (("--existing",), (*FLAGS, f"--config.workdir={where}"), f"got '{where}'")
+      for where in ("runs/x", "~/x", "s3://bucket/x")
+    ),
+    (NEW, (*FLAGS, "--config=no.py:size"), "--config: got 'no.py'"),
+    (NEW, (*FLAGS, "--config=configs"), "--config: got 'configs'"),
   ],
 )
 def test_a_mistake_is_told_before_anything_is_done(cloud, options, flags, why):
@@ -404,10 +413,27 @@ def test_a_mistake_is_told_before_anything_is_done(cloud, options, flags, why):
   assert not cloud.calls
 
 
-def test_a_workdir_that_may_be_lost_is_taken_if_that_is_said(cloud):
-  cloud.play(life("exit 0"))
-  code, _, _ = cloud.launch(*NEW, "--max-restarts=0", flags=FLAGS[:1])
-  assert code == 0
+@pytest.mark.parametrize("options", [("--existing",), NEW])
+def test_a_workdir_of_this_machine_is_taken_if_that_is_said(
+  cloud, tmp_path, options
+):
+  workdir = tmp_path / "my run"
+  mine = f"mkdir -p '{workdir}/hf'; touch '{workdir}/hf/config.json'"
+  cloud.play(life(mine), **({} if options == NEW else {"existing": "pod"}))
+  code, _, err = cloud.launch(
+    *(*options, "--max-restarts=0"),
+    flags=(FLAGS[0], f"--config.workdir={workdir}/"),
+  )
+  assert code == 0, err
+  assert f"finished; its results are in {workdir}" in err
+
+
+def test_slashes_that_name_nothing_hide_no_results(cloud):
+  cloud.play(life(DONE))
+  flags = (FLAGS[0], "--config.workdir=gs://bucket//run//")
+  code, _, err = cloud.launch(*NEW, "--max-restarts=0", flags=flags)
+  assert code == 0, err
+  assert f"finished; its results are in {WORKDIR}." in err
 
 
 def test_a_dirty_tree_is_refused_unless_asked_for(cloud, tmp_path):
