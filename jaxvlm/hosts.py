@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax._src import clusters, distributed
 
-_FAILED = "jaxvlm/failed"  # which process did, and why
+_ENDED = "jaxvlm/ended"  # which process did first, its exit status, and why
 _HEARD = "jaxvlm/heard"  # the processes that know
 _LISTEN = 0.5  # seconds between two looks
 _LINGER = 5.0  # that a process that failed waits for the others to hear
@@ -34,6 +34,17 @@ _over = threading.Event()  # this process listens no more
 
 class Late(RuntimeError):
   """A process kept the others waiting for too long."""
+
+
+class Terminated(SystemExit):
+  """SIGTERM came while there was nothing to save; the exit status is 0."""
+
+  def __init__(self) -> None:
+    super().__init__(
+      "Stopped by SIGTERM before it was under way; the same command begins "
+      "anew, or goes on from the last checkpoint."
+    )
+    self.code = 0
 
 
 def join(
@@ -170,6 +181,26 @@ def heeding() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def preparing() -> Iterator[None]:
+  """Within, and within `heeding`, SIGTERM ends this process and the others.
+
+  Raises:
+    Terminated: it came.
+  """
+
+  def leave(*_: Any) -> None:
+    if not _terminated.is_set():  # a second one disturbs no clearing up
+      _terminated.set()
+      raise Terminated
+
+  before = signal.signal(signal.SIGTERM, leave)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
 def asked_to_stop() -> bool:
   """Whether any process has got a SIGTERM; all hear the same."""
   return any_of(_terminated.is_set())
@@ -211,7 +242,10 @@ def ending(
     yield
   except BaseException as error:
     client: Any = distributed.global_state.client
+    # What ends well does so on all processes by itself; SIGTERM comes to one.
     ended = isinstance(error, SystemExit) and not error.code
+    if isinstance(error, Terminated):
+      ended = False
     if client is not None and not ended and not isinstance(error, spared):
       _end(client, error, told)
     raise
@@ -222,9 +256,12 @@ def _end(
 ) -> None:
   """Says here and to the others why this process ends, and ends it."""
   _over.set()
+  status = 0 if isinstance(error, Terminated) else 1
   if others := _heard(client):
-    why = others  # of which this is what came here
+    status, why = others  # of which this is what came here
     print(f"jaxvlm: {why}", file=sys.stderr)
+  elif isinstance(error, Terminated):  # which is no error, and was said
+    why = str(error)
   elif isinstance(error, (SystemExit, Late, *told)):
     why = str(error).removeprefix("jaxvlm: ")
     print(f"jaxvlm: {why}", file=sys.stderr)
@@ -232,32 +269,34 @@ def _end(
     why = "".join(traceback.format_exception_only(error)).strip()
     traceback.print_exception(error)
   with contextlib.suppress(jax.errors.JaxRuntimeError):
-    # The first to fail is who the others hear of.
-    client.key_value_set(_FAILED, f"{jax.process_index()} {why}")
-  _leave(client)
+    # The first to end is who the others hear of.
+    client.key_value_set(_ENDED, f"{jax.process_index()} {status} {why}")
+  _leave(client, status)
 
 
 def _listen(client: Any) -> None:
-  """Ends this process when another has failed."""
+  """Ends this process when another has ended."""
   while not _over.wait(_LISTEN):
     told = _heard(client)
     if told and not _over.is_set():
-      print(f"jaxvlm: {told}", file=sys.stderr)
-      _leave(client)
+      status, why = told
+      print(f"jaxvlm: {why}", file=sys.stderr)
+      _leave(client, status)
 
 
-def _heard(client: Any) -> str:
-  """Which process has failed, and why; "": none that is known of."""
+def _heard(client: Any) -> tuple[int, str] | None:
+  """A status to exit with for another process, and why; None: all go on."""
   try:
-    who, _, why = client.key_value_try_get(_FAILED).partition(" ")
-    return f"{_named([int(who)])} failed: {why}"
+    who, status, why = client.key_value_try_get(_ENDED).split(" ", 2)
+    how = "failed: " if int(status) else "has ended: "
+    return int(status), f"{_named([int(who)])} {how}{why}"
   except jax.errors.JaxRuntimeError as error:
     if "NOT_FOUND" in str(error):
-      return ""
-    return f"{_named([0])} cannot be reached; it has ended or was killed."
+      return None
+    return 1, f"{_named([0])} cannot be reached; it has ended or was killed."
 
 
-def _leave(client: Any) -> None:
+def _leave(client: Any, status: int) -> None:
   """Ends this process; the first one, who holds what is told, last of all."""
   sys.stdout.flush()
   sys.stderr.flush()
@@ -269,7 +308,7 @@ def _leave(client: Any) -> None:
       if len(client.key_value_dir_get(_HEARD)) == jax.process_count():
         break
   # No exit handlers: jax's would wait for processes that wait for this one.
-  os._exit(1)
+  os._exit(status)
 
 
 def _named(processes: list[int]) -> str:

@@ -49,30 +49,33 @@ def main(argv: list[str]) -> None:
   sys.unraisablehook = checkpoint.print_unraisable
   config = CONFIG.value.to_dict()
   join("jaxvlm")
-  with hosts.together(), contextlib.ExitStack() as stack:
+  with hosts.heeding(), hosts.together(), contextlib.ExitStack() as stack:
     display = stack.enter_context(Display(make_console()))
     try:
-      hosts.limit(config["limits"]["host_wait"])
-      # Where a run lies is no part of it: a workdir may be moved.
-      place = paths.path(config.pop("workdir"))
-      compiling.keep(config.pop("compilation_cache"))
-      stack.enter_context(workdir.lock(place))
-      workdir.check_hosts(config)
-      changed = workdir.check_config(place, config)
-      if changed:
-        display.print("Another mesh, so not bit for bit from here on:")
-        display.print("\n".join(changed))
-      if hosts.any_of(books.finished(place)):
-        display.print(f"This run is finished; its results are in {place}.")
-        return
-      prepared = job.prepare(config, place, display)
-      if jax.process_index() == 0 and not (place / "config.json").exists():
-        workdir.write_config(place, config)
+      with hosts.preparing():
+        hosts.limit(config["limits"]["host_wait"])
+        # Where a run lies is no part of it: a workdir may be moved.
+        place = paths.path(config.pop("workdir"))
+        compiling.keep(config.pop("compilation_cache"))
+        stack.enter_context(workdir.lock(place))
+        workdir.check_hosts(config)
+        changed = workdir.check_config(place, config)
+        if changed:
+          display.print("Another mesh, so not bit for bit from here on:")
+          display.print("\n".join(changed))
+        if hosts.any_of(books.finished(place)):
+          display.print(f"This run is finished; its results are in {place}.")
+          return
+        prepared = job.prepare(config, place, display)
+        if jax.process_index() == 0 and not (place / "config.json").exists():
+          workdir.write_config(place, config)
+    except hosts.Terminated as stopped:
+      display.print(str(stopped))
+      raise
     except (OSError, ValueError) as error:
       sys.exit(f"jaxvlm: {error}")
     try:
-      with hosts.heeding():
-        train.run(prepared, display)
+      train.run(prepared, display)
     except books.Interrupted as interrupted:
       display.print(str(interrupted))
     except (OSError, books.Stopped) as error:

@@ -226,6 +226,17 @@ def write_checkpoint(directory, heads=4, layers=2):
   model.save_pretrained(directory)
 
 
+# A source of rows that gets a SIGTERM on the last host, and is slow on all.
+STOPPING = """
+import os, signal, time
+import jax
+
+def source(**_):
+  if jax.process_index() == jax.process_count() - 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+  time.sleep(100)
+"""
+
 # Something to learn for a random model: bytes that sum to few modulo 5.
 REWARDS = """
 def score(completion, example):

@@ -16,6 +16,7 @@ from jaxvlm import hosts
 from jaxvlm.metrics import read_records
 from tests.runs import (  # noqa: F401
   ROOT,
+  STOPPING,
   launch_fixture,
   project_fixture,
   write_checkpoint,
@@ -256,6 +257,18 @@ def test_a_sigterm_on_one_host_ends_the_step_of_all(stopped):
   own = {file.name for file in (workdir / "checkpoints/2/host").iterdir()}
   assert own >= {"0-of-2", "1-of-2"}
   assert not (workdir / "hf").exists()
+
+
+def test_a_sigterm_on_one_host_ends_all_while_they_prepare(begin, tmp_path):
+  file, began = tmp_path / "stopping.py", time.monotonic()
+  file.write_text(STOPPING)
+  rows = f"stages.perceive.data.rows.source={file}:source"
+  ends = [p.wait() for p in begin("hosts", tmp_path / "run", rows)]
+  assert [status for status, _, _ in ends] == [0, 0], ends
+  (_, _, heard), (_, said, _) = ends
+  assert "process 1 has ended: Stopped by SIGTERM before it was under" in heard
+  assert "Stopped by SIGTERM before it was under way" in said
+  assert time.monotonic() - began < 50
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,11 @@ import safetensors.numpy
 from PIL import Image
 
 from jaxvlm import workdir
-from tests.runs import launch_fixture, project_fixture  # noqa: F401
+from tests.runs import (  # noqa: F401
+  STOPPING,
+  launch_fixture,
+  project_fixture,
+)
 
 DATA = "stages.perceive.data.rows.path"
 PERCEIVE = "schedule=('perceive',)"
@@ -241,6 +245,19 @@ def test_a_users_reward_that_cannot_be_imported_is_told(refused, tmp_path):
   file.write_text("import no_such_package\n")
   line = refused(f"stages.perceive.rewards=(('{file}:score',1.0),)")
   assert "fails as it is imported: ModuleNotFoundError" in line
+
+
+def test_a_sigterm_before_the_run_begins_ends_it_well(launch, tmp_path):
+  file, workdir = tmp_path / "stopping.py", tmp_path / "workdir"
+  file.write_text(STOPPING)
+  run = launch(
+    f"workdir={workdir}",
+    f"stages.warm.data.rows.source={file}:source",
+  )
+  status, out, err = run.wait()
+  assert (status, err) == (0, "")
+  assert "Stopped by SIGTERM before it was under way; the same command" in out
+  assert not workdir.exists()
 
 
 def test_a_workdir_belongs_to_one_process(launch, tmp_path):
