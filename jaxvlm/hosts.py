@@ -9,6 +9,7 @@ import contextlib
 import io
 import itertools
 import os
+import re
 import signal
 import sys
 import threading
@@ -63,7 +64,8 @@ def join(
     process_id: which of them this is, from 0.
 
   Raises:
-    ValueError: some are given and others are not, or no process was found.
+    ValueError: some are given and others are not, the address is none, or no
+      process was found.
   """
   given = (coordinator_address, num_processes, process_id)
   by_hand = given != (None, None, None)
@@ -74,6 +76,11 @@ def join(
       f"--coordinator_address, --num_processes, --process_id: got {given}; "
       "expected all three, or none where they are found: on a TPU pod, under "
       "srun, in an indexed job of Kubernetes. --num_processes=1 runs alone."
+    )
+  if by_hand and not re.fullmatch(r".+:\d{1,5}", str(coordinator_address)):
+    raise ValueError(
+      f"--coordinator_address: got {coordinator_address!r}; expected HOST:PORT "
+      "of process 0, as 10.0.0.1:1234."
     )
   # It would take SIGTERM before a run heeds it, and never say so.
   jax.config.update("jax_enable_preemption_service", False)

@@ -367,6 +367,14 @@ def test_flags_go_before_what_is_found_and_one_process_is_alone(joined):
     joined("10.0.0.1:1234", None, 1)
 
 
+@pytest.mark.parametrize("address", ["", "nonsense", "host:", ":1", "host:x"])
+def test_an_address_without_host_or_port_is_refused(joined, address):
+  told = f"got '{address}'; expected HOST:PORT of process 0"
+  with pytest.raises(ValueError, match=told):
+    joined(address, 2, 0)
+  assert joined("[::1]:1234", 2, 0) is not None
+
+
 @pytest.mark.parametrize(
   ("tasks", "gpus", "taken"),
   [("1(x2)", "4", [0, 1, 2, 3]), ("4(x2)", "4", None), ("1(x2)", "1", None)],
