@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxvlm.metrics import Metrics
-from jaxvlm.rl import advantages
 from jaxvlm.types import Question, Rollout, Scores
 
 _PART = "part "  # and its name, in a file
@@ -25,6 +24,8 @@ class Batch:
   rollout: Rollout
   scores: Scores
   advantages: Float[np.ndarray, "Q G"]
+  # Whether there is more to a group's advantages than a KL penalty.
+  unequal: Bool[np.ndarray, " Q"]
   # Of the policy that sampled; None: the update's own are the same.
   old_logprobs: Float[np.ndarray, "Q G C"] | None
   ref_logprobs: Float[np.ndarray, "Q G C"] | None  # None: no KL term
@@ -38,8 +39,8 @@ class Batch:
 
   @property
   def live(self) -> Bool[np.ndarray, " Q"]:
-    """Whether each group teaches anything."""
-    return advantages.live(self.advantages) & ~self.scores.failed
+    """Whether each group's rewards teach anything."""
+    return self.unequal & ~self.scores.failed
 
   def trained(self, mask_truncated: bool) -> Bool[np.ndarray, "Q G C"]:
     """The tokens that are learned from: those of no failed group."""
@@ -87,6 +88,7 @@ def to_npz(batch: Batch) -> bytes:
     "failed": scores.failed,
     "accuracy": scores.accuracy,
     "advantages": batch.advantages,
+    "unequal": batch.unequal,
     "old_logprobs": batch.old_logprobs,
     "ref_logprobs": batch.ref_logprobs,
   }
@@ -131,6 +133,7 @@ def from_npz(content: bytes, question: Callable[[int], Question]) -> Batch:
     ),
     scores=scores,
     advantages=arrays["advantages"],
+    unequal=arrays["unequal"],
     old_logprobs=arrays.get("old_logprobs"),
     ref_logprobs=arrays.get("ref_logprobs"),
   )
@@ -139,8 +142,8 @@ def from_npz(content: bytes, question: Callable[[int], Question]) -> Batch:
 def best_first(batch: Batch, count: int) -> tuple[np.ndarray, np.ndarray]:
   """The questions to learn from, and what is left.
 
-  Groups with unequal rewards first, for the others have no gradient; then
-  those of equal rewards; failed ones last.
+  Groups with unequal rewards first, for the others have no gradient, or that
+  of a KL penalty alone; then those of equal rewards; failed ones last.
 
   Args:
     batch: Q questions.
@@ -208,6 +211,7 @@ def _arrays(batch: Batch) -> Any:
     },
     {
       "advantages": batch.advantages,
+      "unequal": batch.unequal,
       "old_logprobs": batch.old_logprobs,
       "ref_logprobs": batch.ref_logprobs,
     },

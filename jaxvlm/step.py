@@ -144,26 +144,32 @@ def advantages_of(
 ) -> Batch:
   """A batch of what was sampled; demonstrations weigh 1, failed groups 0."""
   if stage.kind == "sft":
-    values = scores.rewards
-  else:
-    penalty = np.zeros(scores.rewards.shape)
-    if stage.kl_coef and stage.kl_target == "reward":
-      assert old_logprobs is not None and ref_logprobs is not None
-      tokens, _ = kl.estimate(
-        jnp.asarray(old_logprobs),
-        jnp.asarray(ref_logprobs),
-        jnp.asarray(rollout.completion_mask),
-        estimator=stage.kl_estimator,
-        limit=stage.kl_limit,
-      )
-      penalty = stage.kl_coef * np.asarray(tokens, np.float64).sum(-1)
-      ref_logprobs = None  # no term in the loss
+    values = rewarded = scores.rewards
+  elif stage.kl_coef and stage.kl_target == "reward":
+    assert old_logprobs is not None and ref_logprobs is not None
+    tokens, _ = kl.estimate(
+      jnp.asarray(old_logprobs),
+      jnp.asarray(ref_logprobs),
+      jnp.asarray(rollout.completion_mask),
+      estimator=stage.kl_estimator,
+      limit=stage.kl_limit,
+    )
+    penalty = stage.kl_coef * np.asarray(tokens, np.float64).sum(-1)
+    ref_logprobs = None  # no term in the loss
     values = _estimate(stage, questions, scores, penalty)
+    # A penalty differs within a group though its answers earn the same.
+    rewarded = advantages.dr_grpo(
+      np.where(scores.failed[:, None], 0.0, scores.rewards)
+    )
+  else:
+    none = np.zeros(scores.rewards.shape)
+    values = rewarded = _estimate(stage, questions, scores, none)
   return Batch(
     questions=questions,
     rollout=rollout,
     scores=scores,
     advantages=values,
+    unequal=advantages.live(rewarded),
     old_logprobs=old_logprobs,
     ref_logprobs=ref_logprobs,
   )

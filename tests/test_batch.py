@@ -133,7 +133,8 @@ def test_a_batch_comes_back_from_a_file_bit_for_bit(batch, questions, known):
 
   found = from_npz(to_npz(batch), question)
   assert asked == [q.question_id for q in batch.questions]
-  for name in ("rollout", "advantages", "old_logprobs", "ref_logprobs"):
+  logprobs = ("old_logprobs", "ref_logprobs")
+  for name in ("rollout", "advantages", "unequal", *logprobs):
     assert_same_arrays(getattr(found, name), getattr(batch, name))
   for name in ("rewards", "parts", "failed", "accuracy"):
     assert_same_arrays(getattr(found.scores, name), getattr(batch.scores, name))

@@ -95,6 +95,21 @@ def test_a_kl_penalty_is_taken_from_the_reward(
   np.testing.assert_array_equal(found.scores.rewards, REWARDS)
 
 
+def test_a_kl_penalty_makes_no_group_of_one_reward_worth_choosing(
+  stage, questions, completions, scores, batch
+):
+  stage.kl_coef, stage.kl_target = 0.5, "reward"
+  mask = completions.completion_mask
+  old, ref = (np.where(mask, x, 0).astype(np.float32) for x in (-1.0, -1.5))
+  # What a failed group earned is not known.
+  rewards = np.where(FAILED[:, None], np.nan, REWARDS)
+  scores = dataclasses.replace(scores, rewards=rewards)
+  found = advantages_of(stage, questions, completions, scores, old, ref)
+  assert np.any(found.advantages[0] != 0)
+  np.testing.assert_array_equal(found.live, batch.live)
+  assert batch.live.sum() == 3
+
+
 # -- how much is rolled out ------------------------------------------------------
 
 
