@@ -26,6 +26,7 @@ figure, which bench_compare.py reads, and one a law.
 
 import argparse
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -155,6 +156,7 @@ Point = dict[tuple[str, str], list[float]]  # by program and figure
 # -- measuring -----------------------------------------------------------------
 
 
+@functools.cache  # laws ask for it as often as for operations
 def make_network(depth: int) -> models.Network:
   config = bench_work.read_shape(
     bench_work.qwen25vl(
