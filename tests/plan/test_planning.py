@@ -6,35 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import staged
-from jaxvlm import models, sharding
+from jaxvlm import sharding
 from jaxvlm.plan import compiler, planning
-from jaxvlm.plan.batch import Lengths
-
-STAGE = "visual_perception"
-
-
-def config():
-  return staged.get_config("qwen2_5_vl_3b").to_dict()
-
-
-def make_run(fields, stage=STAGE):
-  mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1, slices=-1)
-  with sharding.use(mesh):
-    return planning.make_run(
-      fields,
-      mesh=mesh,
-      architecture=models.find_size("qwen2_5_vl_3b"),
-      stage=stage,
-      lengths=Lengths(
-        prompt=512,
-        longest_prompt=2048,
-        visual=256,
-        most_visual=1984,
-        completion=512,
-        longest_completion=2048,
-      ),
-    )
+from tests.plans import STAGE, config, make_run
 
 
 def test_a_plan_refuses_batches_of_an_evaluation_that_do_not_divide():

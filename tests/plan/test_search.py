@@ -3,17 +3,12 @@
 import dataclasses
 import types
 
-from configs import staged
-from jaxvlm import models, sharding
+from jaxvlm import sharding
 from jaxvlm.plan import chips, compiler, planning, programs, search
-from jaxvlm.plan.batch import Lengths
+from tests import plans
+from tests.plans import STAGE, config
 
-STAGE = "visual_perception"
 CHIP = chips.KINDS["TPU v5 lite"]
-
-
-def config():
-  return staged.get_config("qwen2_5_vl_3b").to_dict()
 
 
 def test_slots_change_fastest_then_what_an_update_takes_then_the_mesh():
@@ -46,22 +41,7 @@ def test_batches_of_an_evaluation_grow_to_the_data_shards():
 def make_run(slots, *, fsdp, tensor):
   fields = config()
   fields["sampler"]["slots"] = slots
-  mesh = sharding.make_mesh(data=1, fsdp=fsdp, tensor=tensor, slices=-1)
-  with sharding.use(mesh):
-    return planning.make_run(
-      fields,
-      mesh=mesh,
-      architecture=models.find_size("qwen2_5_vl_3b"),
-      stage=STAGE,
-      lengths=Lengths(
-        prompt=512,
-        longest_prompt=2048,
-        visual=256,
-        most_visual=1984,
-        completion=512,
-        longest_completion=2048,
-      ),
-    )
+  return plans.make_run(fields, fsdp=fsdp, tensor=tensor)
 
 
 def test_what_a_chip_holds_at_least_is_counted_by_hand():
