@@ -18,6 +18,7 @@ from jaxvlm.nn.block_attention import Attend, of_trees
 from jaxvlm.nn.decoder import Embeds, visual_columns
 from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.nn.layers import HOST_MEMORY
+from jaxvlm.nn.rope import Turns
 from jaxvlm.sharding import constrain
 from jaxvlm.types import Features, Params, Vision
 
@@ -312,11 +313,19 @@ class Network:
     decoder = {**around["language_model"], "layers": dict(enumerate(layers))}
     return {**around, "language_model": decoder}
 
+  def turns(self, position_ids: Int[Array, "3 Q 1"]) -> Turns:
+    """What the tokens that `decode` is fed are turned by, [Q 1 F].
+
+    Args:
+      position_ids: of the token of every completion of a question.
+    """
+    return self._decode_skeleton.turns(position_ids, self.dtype)
+
   def decode(
     self,
     decode_params: Params,
     ids: Int[Array, "Q G"],
-    position_ids: Int[Array, "3 Q G"],
+    turns: Turns,
     prompt_cache: list[KVCache],
     prompt_mask: Bool[Array, "Q P"],
     completion_cache: list[KVCache],
@@ -328,7 +337,7 @@ class Network:
     Args:
       decode_params: of `unstack`.
       ids: of the tokens.
-      position_ids: theirs.
+      turns: of `turns`.
       prompt_cache: K and V of the prompts.
       prompt_mask: which columns of them are real.
       completion_cache: of `init_cache`.
@@ -343,7 +352,7 @@ class Network:
     x = self._embed_tokens(decode_params, ids)
     return decoder.decode(
       x,
-      position_ids,
+      turns,
       prompt_cache,
       prompt_mask,
       completion_cache,

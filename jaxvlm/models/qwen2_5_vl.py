@@ -202,14 +202,13 @@ class VisionTower(nnx.Module):
       head_dim=config.head_dim,
       theta=config.rope_theta,
     )
+    turns = rope.turns(angles, jnp.float32)
     full = np.isin(np.arange(config.depth), config.fullatt_block_indexes)
 
     def call(
       block: vision.VisionBlock, x: jax.Array, full: jax.Array
     ) -> tuple[jax.Array, None]:
-      x = block(
-        x, angles, functools.partial(jax.lax.cond, full, whole, windows)
-      )
+      x = block(x, turns, functools.partial(jax.lax.cond, full, whole, windows))
       return constrain(x, "lane", None, None), None
 
     x = self.patch_embed(jnp.asarray(inputs.pixel_values, dtype))

@@ -203,6 +203,7 @@ class VisionTower(nnx.Module):
       head_dim=config.head_dim,
       theta=config.rope_theta,
     )
+    turns = rope.turns(angles, jnp.float32)
     look = functools.partial(
       attend, visibility=of_segments(jnp.asarray(inputs.full_segments), WIDE)
     )
@@ -214,7 +215,7 @@ class VisionTower(nnx.Module):
       block: vision.VisionBlock, carry: Any, slot: jax.Array
     ) -> tuple[Any, None]:
       x, tapped = carry
-      x = constrain(block(x, angles, look), "lane", None, None)
+      x = constrain(block(x, turns, look), "lane", None, None)
       if taps:
         tapped = jax.lax.cond(
           slot >= 0, _put, lambda tapped, x, slot: tapped, tapped, x, slot

@@ -108,34 +108,34 @@ class Attention(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "B T D"],
-    angles: Float[Array, "B T F"],
+    turns: rope.Turns,  # [B T F]
     attend: Attend,
   ) -> tuple[Float[Array, "B T D"], KVCache]:
-    query, new = self._project(x, angles)
+    query, new = self._project(x, turns)
     out = attend(query, new.keys, new.values)
     return self.o_proj(out), kv_cache.heads_first(new)
 
   def decode(
     self,
     x: Float[Array, "Q G D"],
-    angles: Float[Array, "Q G F"],
+    turns: rope.Turns,  # [Q 1 F]
     prompt: KVCache,
     prompt_mask: Bool[Array, "Q P"],
     completion: KVCache,
     written: Bool[Array, "Q C"],  # this token's column too
     column: Int[Array, ""],
   ) -> tuple[Float[Array, "Q G D"], KVCache]:
-    query, new = self._project(x, angles)
+    query, new = self._project(x, turns)
     completion = kv_cache.write(completion, new, column)
     out = attend_group(query, prompt, prompt_mask, completion, written)
     return self.o_proj(out), completion
 
   def _project(
-    self, x: Float[Array, "B T D"], angles: Float[Array, "B T F"]
+    self, x: Float[Array, "B T D"], turns: rope.Turns
   ) -> tuple[Float[Array, "B T N H"], KVCache]:
     query, keys = self.q_proj(x), self.k_proj(x)
     if self.q_norm is not None:
       query, keys = self.q_norm(query), self.k_norm(keys)
-    query = rope.rotate(query, angles, dtype=x.dtype)
-    keys = rope.rotate(keys, angles, dtype=x.dtype)
+    query = rope.rotate(query, turns)
+    keys = rope.rotate(keys, turns)
     return query, KVCache(keys=keys, values=self.v_proj(x))

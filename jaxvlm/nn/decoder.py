@@ -108,9 +108,9 @@ class DecoderLayer(nnx.Module):
     )
 
   def __call__(
-    self, x: jax.Array, angles: jax.Array, attend: Attend
+    self, x: jax.Array, turns: rope.Turns, attend: Attend
   ) -> tuple[Float[Array, "B T D"], KVCache]:
-    out, cache = self.self_attn(self.input_layernorm(x), angles, attend)
+    out, cache = self.self_attn(self.input_layernorm(x), turns, attend)
     return self._mlp(x + out), cache
 
   def decode(
@@ -175,7 +175,7 @@ class Decoder(nnx.Module):
     remat: str,
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Hidden states after the last norm; K and V stacked over layers."""
-    angles = self._angles(position_ids)
+    turns = self.turns(position_ids, embeds.tokens.dtype)
     levels = embeds.levels
     count = 0 if levels is None else len(levels)
 
@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
     def call(
       layer: DecoderLayer, x: jax.Array, i: jax.Array
     ) -> tuple[jax.Array, KVCache | None]:
-      x, cache = layer(x, angles, attend)
+      x, cache = layer(x, turns, attend)
       if count:
         x = jax.lax.cond(i < count, add_level, lambda x, i: x, x, i)
       return x, cache if keep_cache else None
@@ -200,7 +200,7 @@ class Decoder(nnx.Module):
   def decode(
     self,
     x: Float[Array, "Q G D"],
-    position_ids: Int[Array, "3 Q G"],
+    turns: rope.Turns,  # [Q 1 F]
     prompt_cache: list[KVCache],
     prompt_mask: Bool[Array, "Q P"],
     completion_cache: list[KVCache],
@@ -208,21 +208,22 @@ class Decoder(nnx.Module):
     column: Int[Array, ""],
   ) -> tuple[Float[Array, "Q G D"], list[KVCache]]:
     """One token of every completion, through a list of layers."""
-    angles = self._angles(position_ids)
     caches = []
     for layer, prompt, completion in zip(
       self.layers, prompt_cache, completion_cache, strict=True
     ):
       x, cache = layer.decode(
-        x, angles, prompt, prompt_mask, completion, written, column
+        x, turns, prompt, prompt_mask, completion, written, column
       )
       caches.append(cache)
     return self.norm(x), caches
 
-  def _angles(self, position_ids: Int[Array, "3 *B"]) -> jax.Array:
-    return rope.mrope_angles(
+  def turns(self, position_ids: Int[Array, "3 *B"], dtype: Any) -> rope.Turns:
+    """What tokens at these positions are turned by in every layer."""
+    angles = rope.mrope_angles(
       position_ids,
       head_dim=self.config.head_dim,
       theta=self.config.rope_theta,
       axis_of=self.axis_of,
     )
+    return rope.turns(angles, dtype)

@@ -6,6 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxvlm.types import record
+
+
+@record
+class Turns:
+  """By what the pairs of every head are turned, for all layers."""
+
+  cos: Float[Array, "*B F"]
+  sin: Float[Array, "*B F"]
+
 
 def _frequencies(size: int, theta: float) -> Float[np.ndarray, " F"]:
   """HF's inv_freq in float32: theta ** (-2 i / size), i < size / 2."""
@@ -65,17 +75,22 @@ def interleaved_axes(
   return tuple(axes.tolist())
 
 
-def rotate(
-  x: Float[Array, "*B N H"], angles: Float[Array, "*B F"], *, dtype: Any
-) -> Float[Array, "*B N H"]:
+def turns(angles: Float[Array, "*B F"], dtype: Any) -> Turns:
+  """cos and sin, taken in float32 and cast to what `rotate` computes in."""
+  return Turns(
+    cos=jnp.cos(angles).astype(dtype), sin=jnp.sin(angles).astype(dtype)
+  )
+
+
+def rotate(x: Float[Array, "*B N H"], turns: Turns) -> Float[Array, "*B N H"]:
   """Turns the pairs (i, i + H / 2) of every head by angle i.
 
-  cos and sin are taken in float32 and cast to `dtype`, in which the rotation
-  is done: float32 in HF's vision tower, the model's own in its decoder.
+  In the turns' dtype: float32 in HF's vision tower, the model's own in its
+  decoder.
   """
-  cos = jnp.expand_dims(jnp.cos(angles).astype(dtype), -2)
-  sin = jnp.expand_dims(jnp.sin(angles).astype(dtype), -2)
-  low, high = jnp.split(x.astype(dtype), 2, axis=-1)
+  cos = jnp.expand_dims(turns.cos, -2)
+  sin = jnp.expand_dims(turns.sin, -2)
+  low, high = jnp.split(x.astype(cos.dtype), 2, axis=-1)
   turned = jnp.concatenate(
     [low * cos - high * sin, high * cos + low * sin], axis=-1
   )

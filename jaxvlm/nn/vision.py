@@ -96,12 +96,12 @@ class VisionAttention(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "S L E"],
-    angles: Float[Array, "S L F"],
+    turns: rope.Turns,  # [S L F], float32
     attend: Attend,
   ) -> Float[Array, "S L E"]:
     query, keys, values = jnp.moveaxis(self.qkv(x), 2, 0)
-    query = rope.rotate(query, angles, dtype=jnp.float32)
-    keys = rope.rotate(keys, angles, dtype=jnp.float32)
+    query = rope.rotate(query, turns)
+    keys = rope.rotate(keys, turns)
     return self.proj(attend(query, keys, values))
 
 
@@ -128,10 +128,10 @@ class VisionBlock(nnx.Module):
   def __call__(
     self,
     x: Float[Array, "S L E"],
-    angles: Float[Array, "S L F"],
+    turns: rope.Turns,  # [S L F], float32
     attend: Attend,
   ) -> Float[Array, "S L E"]:
-    x += self.attn(self.norm1(x), angles, attend)
+    x += self.attn(self.norm1(x), turns, attend)
     return x + self.mlp(self.norm2(x))
 
 

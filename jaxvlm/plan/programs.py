@@ -205,15 +205,25 @@ def _rollout(
     )
   shapes = list(sampler.ladder(each, (at_once, group)))
   if shapes:
+    rest = dataclasses.replace(state, prompts=[])
+    others = {"caches": (state.prompts[1:], caches[1:])}
+    to = rows(shapes[0][0]), rows(*shapes[0])
     compile(
       f"{prefix}regroup",
-      slots.regroup,
+      slots.regroup_layer,
       program,
-      state,
-      caches,
-      rows(shapes[0][0]),
-      rows(*shapes[0]),
-      beside=beside,
+      state.prompts[0],
+      caches[0],
+      *to,
+      beside=beside | others | {"slots": rest},
+    )
+    compile(
+      f"{prefix}regroup: rest",
+      slots.regroup_rest,
+      program,
+      rest,
+      *to,
+      beside=beside | {"caches": (state.prompts, caches)},
     )
 
 

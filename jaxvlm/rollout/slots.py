@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 from jaxvlm.models import Network
 from jaxvlm.nn import kv_cache
 from jaxvlm.nn.kv_cache import KVCache
+from jaxvlm.nn.rope import Turns
 from jaxvlm.rl.logprobs import token_logits
 from jaxvlm.rollout.sampling import draw, draw_keys
 from jaxvlm.sharding import RULES, pin, sharding
@@ -250,16 +251,19 @@ def decode(
     blocks = (-(-counts // width)).sum(-1).max()
     return blocks > enough
 
-  def step(state: Any) -> Any:
-    slots, caches, clock = state
+  def turn(slots: Slots, clock: jax.Array) -> Turns:
     age = clock - slots.begun  # tokens before the one that is fed
+    return network.turns((slots.following.T + age[None])[:, :, None])
+
+  def step(state: Any) -> Any:
+    slots, caches, clock, turns = state
+    age = clock - slots.begun
     columns = jnp.arange(length)[None]
     written = jnp.broadcast_to((clock - columns) % length, (age.size, length))
-    position = (slots.following.T + age[None])[:, :, None]
     hidden, caches = network.decode(
       weights,
       slots.last,
-      jnp.broadcast_to(position, (3, *slots.last.shape)),
+      turns,
       slots.prompts,
       slots.prompt_mask,
       caches,
@@ -268,9 +272,11 @@ def decode(
     )
     clock += 1
     slots = _write(program, slots, head, banned, hidden, clock)
-    return slots, caches, clock
+    # Those of the next step: here XLA would take cos and sin in each layer.
+    return slots, caches, clock, turn(slots, clock)
 
-  slots, caches, clock = jax.lax.while_loop(go_on, step, (slots, caches, clock))
+  start = (slots, caches, clock, turn(slots, clock))
+  slots, caches, clock, _ = jax.lax.while_loop(go_on, step, start)
   return _laid(slots), _laid_caches(caches), clock
 
 
@@ -318,7 +324,6 @@ def _write(
   )
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def regroup(
   program: Program,
   slots: Slots,
@@ -328,47 +333,83 @@ def regroup(
 ) -> tuple[Slots, list[KVCache]]:
   """The rows that go on, in fewer blocks.
 
+  One layer at a time, and the old one is given up before the next: caches are
+  most of what a chip holds, and in one program the old and new of all would be
+  there at once.
+
   Args:
     program: what is static.
-    slots: B blocks of W.
-    caches: of their completions.
+    slots: B blocks of W; their prompts are used up.
+    caches: of their completions; used up.
     blocks: for each new block one of its data shard's old ones, of the same
       question.
     rows: for each new slot an old row b W + w of its data shard; -1: none.
   """
-
-  def take(x: Array, places: Array) -> Array:
-    return jax.vmap(lambda x, i: x[i])(
-      _split(program, x), _split(program, places)
+  prompts = slots.prompts
+  for i in range(len(caches)):
+    prompts[i], caches[i] = jax.block_until_ready(
+      regroup_layer(program, prompts[i], caches[i], blocks, rows)
     )
+  rest = dataclasses.replace(slots, prompts=[])
+  rest = regroup_rest(program, rest, blocks, rows)
+  return dataclasses.replace(rest, prompts=prompts), caches
 
-  def of_blocks(x: Array) -> Array:
-    return take(x, blocks).reshape(-1, *x.shape[1:])
+
+@functools.partial(jax.jit, static_argnums=0)
+def regroup_layer(
+  program: Program,
+  prompt: KVCache,
+  completion: KVCache,
+  blocks: Int[Array, " b"],
+  rows: Int[Array, "b w"],
+) -> tuple[KVCache, KVCache]:
+  """Keys and values of one layer: [B K P H] and [B K W C H]."""
+
+  def of_rows(x: Array) -> Array:
+    width = x.shape[2]
+
+    def own(x: Array, rows: Array) -> Array:
+      return x[rows // width, :, rows % width]  # [b w K C H]
+
+    taken = jax.vmap(own)(_split(program, x), _split(program, rows))
+    return jnp.swapaxes(taken.reshape(*rows.shape, -1, *x.shape[3:]), 1, 2)
+
+  prompt = jax.tree.map(functools.partial(_take, program, blocks), prompt)
+  return kv_cache.laid(prompt), kv_cache.laid(jax.tree.map(of_rows, completion))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def regroup_rest(
+  program: Program,
+  slots: Slots,
+  blocks: Int[Array, " b"],
+  rows: Int[Array, "b w"],
+) -> Slots:
+  """All but the caches."""
+  of_blocks = functools.partial(_take, program, blocks)
 
   def of_rows(x: Array) -> Array:
     flat = x.reshape(-1, *x.shape[2:])
-    return take(flat, rows).reshape(*rows.shape, *x.shape[2:])
+    taken = _take(program, rows.reshape(-1), flat)
+    return taken.reshape(*rows.shape, *x.shape[2:])
 
-  def of_cache(x: Array) -> Array:
-    return jnp.swapaxes(of_rows(jnp.swapaxes(x, 1, 2)), 1, 2)
-
-  taken = dataclasses.replace(
-    slots,
-    question=of_blocks(slots.question),
-    begun=of_blocks(slots.begun),
-    following=of_blocks(slots.following),
-    prompt_mask=of_blocks(slots.prompt_mask),
-    prompts=jax.tree.map(of_blocks, slots.prompts),
-    keys=of_rows(slots.keys),
-    limits=of_rows(slots.limits),
-    ended=of_rows(slots.ended) | (rows < 0),
-    truncated=of_rows(slots.truncated),
-    lengths=of_rows(slots.lengths),
-    last=of_rows(slots.last),
-    ids=of_rows(slots.ids),
-    logprobs=of_rows(slots.logprobs),
+  return _laid(
+    dataclasses.replace(
+      slots,
+      question=of_blocks(slots.question),
+      begun=of_blocks(slots.begun),
+      following=of_blocks(slots.following),
+      prompt_mask=of_blocks(slots.prompt_mask),
+      keys=of_rows(slots.keys),
+      limits=of_rows(slots.limits),
+      ended=of_rows(slots.ended) | (rows < 0),
+      truncated=of_rows(slots.truncated),
+      lengths=of_rows(slots.lengths),
+      last=of_rows(slots.last),
+      ids=of_rows(slots.ids),
+      logprobs=of_rows(slots.logprobs),
+    )
   )
-  return _laid(taken), _laid_caches(jax.tree.map(of_cache, caches))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -401,6 +442,14 @@ def _laid(slots: Slots) -> Slots:
 
 def _laid_caches(caches: list[KVCache]) -> list[KVCache]:
   return [kv_cache.laid(cache) for cache in caches]
+
+
+def _take(program: Program, places: Array, x: Array) -> Array:
+  """Of [B ...] these places, each within its data shard."""
+  found = jax.vmap(lambda x, i: x[i])(
+    _split(program, x), _split(program, places)
+  )
+  return found.reshape(-1, *x.shape[1:])
 
 
 def _split(program: Program, x: Array) -> Array:

@@ -201,7 +201,8 @@ def test_greedy_tokens_equal_generate(
     def step(state, column):
       ids, position, cache = state
       hidden, cache = network.decode(
-        *(weights, ids, position, prompt_cache, prompts.prompt_mask, cache),
+        *(weights, ids, network.turns(position)),
+        *(prompt_cache, prompts.prompt_mask, cache),
         jnp.broadcast_to(jnp.arange(new) <= column, (rows, new)),
         column,
       )
@@ -212,7 +213,7 @@ def test_greedy_tokens_equal_generate(
     )
     state = (
       choose(jnp.repeat(hidden[:, None], group, axis=1)),
-      jnp.repeat(position, group, axis=2),
+      position,
       network.init_cache(rows, group, new),
     )
     _, ids = jax.lax.scan(step, state, jnp.arange(new))

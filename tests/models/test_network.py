@@ -271,12 +271,12 @@ def test_decoding_equals_the_forward_pass(
 
     def step(cache, column):
       position = jnp.broadcast_to(
-        (starts + column)[None, :, None], (3, len(questions), GROUP)
+        (starts + column)[None, :, None], (3, len(questions), 1)
       )
       hidden, cache = network.decode(
         weights,
         jnp.asarray(fed)[:, :, column],
-        position,
+        network.turns(position),
         prompt_cache,
         prompts.prompt_mask,
         cache,

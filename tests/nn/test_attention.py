@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3VLTextConfig
 from transformers.models.qwen3_vl import modeling_qwen3_vl as reference
 
-from jaxvlm.nn import kv_cache
+from jaxvlm.nn import kv_cache, rope
 from jaxvlm.nn.attention import Attention, attend_group
 from jaxvlm.nn.block_attention import attend, of_trees
 from jaxvlm.nn.kv_cache import KVCache
@@ -94,9 +94,9 @@ def test_decoding_column_by_column_equals_one_pass(draw, qk_norm_eps):
     rngs=nnx.Rngs(0),
   )
   x = draw(B, T, 16)
-  angles = jnp.asarray(draw(B, T, H // 2))
+  turns = rope.turns(draw(B, T, H // 2), jnp.float32)
   causal = attend_causally()
-  expected, cache = attention(x, angles, causal)
+  expected, cache = attention(x, turns, causal)
   start = 2
   prompt = jax.tree.map(lambda x: x[:, :, :start], cache)
   own = kv_cache.empty((B, K, 1, T - start, H), "float32")
@@ -105,7 +105,7 @@ def test_decoding_column_by_column_equals_one_pass(draw, qk_norm_eps):
     here = slice(start + column, start + column + 1)
     got, own = decode(
       x[:, here],
-      angles[:, here],
+      rope.Turns(cos=turns.cos[:, here], sin=turns.sin[:, here]),
       prompt,
       np.ones((B, start), bool),
       own,
@@ -163,7 +163,7 @@ def both_of(normed, draw):
     attention_mask=torch.tensor(mask)[:, None],
   )
   causal = attend_causally()
-  got, _ = ours(x, jnp.asarray(angles), causal)
+  got, _ = ours(x, rope.turns(angles, jnp.float32), causal)
   return np.asarray(got), expected.detach().numpy()
 
 

@@ -52,7 +52,7 @@ def test_text_rotation_equals_transformers(position_ids, dtype):
   cos, sin = make_reference()(q, torch.tensor(position_ids))
   expected, _ = reference.apply_rotary_pos_emb(q, k, cos, sin)
   x = jnp.asarray(q.float().numpy(), dtype).swapaxes(1, 2)
-  got = rope.rotate(x, make_angles(position_ids), dtype=dtype)
+  got = rope.rotate(x, rope.turns(make_angles(position_ids), dtype))
   got = got.swapaxes(1, 2).astype(jnp.float32)
   # One unit in the last place of bfloat16: torch fuses no multiply-add.
   atol = 2e-6 if dtype == "float32" else 2**-6
@@ -118,8 +118,9 @@ def test_vision_rotation_equals_transformers():
   )
   got = rope.rotate(
     jnp.asarray(q, jnp.float32),
-    rope.vision_angles(rows, cols, head_dim=80, theta=1e4),
-    dtype=jnp.float32,
+    rope.turns(
+      rope.vision_angles(rows, cols, head_dim=80, theta=1e4), jnp.float32
+    ),
   )
   np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
@@ -129,10 +130,12 @@ def test_rotation_keeps_lengths_and_depends_on_differences_alone():
   q, k = jnp.asarray(random.normal(size=(2, 1, 1, 128)), jnp.float32)
 
   def product(i, j):
-    q_angles = make_angles(np.full((3, 1), i))
-    k_angles = make_angles(np.full((3, 1), j))
-    turned = rope.rotate(q, q_angles, dtype=jnp.float32)
-    other = rope.rotate(k, k_angles, dtype=jnp.float32)
+    turned, other = (
+      rope.rotate(
+        x, rope.turns(make_angles(np.full((3, 1), place)), jnp.float32)
+      )
+      for x, place in ((q, i), (k, j))
+    )
     assert abs(jnp.linalg.norm(turned) - jnp.linalg.norm(q)) < 1e-4
     return float((turned * other).sum())
 

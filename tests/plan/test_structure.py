@@ -106,7 +106,7 @@ def test_every_program_of_a_step_compiles_for_a_pod(plan):
     "decode",
     "admit: prefill",
     "admit",
-    *["regroup"] * ("regroup" in names),
+    *["regroup", "regroup: rest"] * ("regroup" in names),
     "logprobs",
     "zeros",
     "gradient",

@@ -262,6 +262,9 @@ class Chain(Network):
   def join(self, around, layers):
     return around
 
+  def turns(self, position_ids):
+    return position_ids
+
   def decode(
     self, params, ids, position_ids, prompt_cache, mask, cache, written, column
   ):
@@ -397,7 +400,7 @@ def test_each_step_feeds_the_token_and_the_position_that_follow(chain):
   for c, (ids, position_ids, column) in enumerate(FED):
     assert column == c
     np.testing.assert_array_equal(ids, [[[3, 4, 5, 2][c % 4]] * 2])
-    np.testing.assert_array_equal(position_ids, np.full((3, 1, 2), 42 + c))
+    np.testing.assert_array_equal(position_ids, np.full((3, 1, 1), 42 + c))
 
 
 def test_without_eos_a_completion_is_truncated(chain):

@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxvlm.plan.hlo import Module
@@ -18,6 +19,40 @@ def shape(*sizes, dtype=jnp.int32):
   return jax.ShapeDtypeStruct(sizes, dtype)
 
 
+def make_program(network, *, top_k=0, top_p=1.0):
+  draws = Draws(
+    num_completions=W,
+    max_completion_length=C,
+    temperature=1.0,
+    top_k=top_k,
+    top_p=top_p,
+  )
+  return Program(
+    network=network, draws=draws, eos_ids=(11,), pad_id=0, shards=1
+  )
+
+
+def make_slots(caches):
+  """Slots as shapes."""
+  return Slots(
+    question=shape(B),
+    begun=shape(B),
+    following=shape(B, 3),
+    prompt_mask=shape(B, P, dtype=bool),
+    prompts=jax.tree.map(
+      lambda x: shape(*x.shape[:2], P, x.shape[-1], dtype=x.dtype), caches
+    ),
+    keys=shape(B, W, dtype=jax.random.key(0).dtype),
+    limits=shape(B, W),
+    ended=shape(B, W, dtype=bool),
+    truncated=shape(B, W, dtype=bool),
+    lengths=shape(B, W),
+    last=shape(B, W),
+    ids=shape(B, W, C),
+    logprobs=shape(B, W, C, dtype=jnp.float32),
+  )
+
+
 @pytest.fixture(scope="module")
 def lowered(network):
   """decode lowered, for shapes in which nothing else is as large."""
@@ -25,41 +60,13 @@ def lowered(network):
   arguments = (
     *(B, jax.eval_shape(network.unstack, network.shapes())),
     shape(network.config.vocab_size, dtype=bool),
-    Slots(
-      question=shape(B),
-      begun=shape(B),
-      following=shape(B, 3),
-      prompt_mask=shape(B, P, dtype=bool),
-      prompts=jax.tree.map(
-        lambda x: shape(*x.shape[:2], P, x.shape[-1], dtype=x.dtype), caches
-      ),
-      keys=shape(B, W, dtype=jax.random.key(0).dtype),
-      limits=shape(B, W),
-      ended=shape(B, W, dtype=bool),
-      truncated=shape(B, W, dtype=bool),
-      lengths=shape(B, W),
-      last=shape(B, W),
-      ids=shape(B, W, C),
-      logprobs=shape(B, W, C, dtype=jnp.float32),
-    ),
+    make_slots(caches),
     caches,
     *[shape()] * 3,
   )
 
   def lower(*, donated=True, top_k=0, top_p=1.0):
-    program = Program(
-      network=network,
-      draws=Draws(
-        num_completions=W,
-        max_completion_length=C,
-        temperature=1.0,
-        top_k=top_k,
-        top_p=top_p,
-      ),
-      eos_ids=(11,),
-      pad_id=0,
-      shards=1,
-    )
+    program = make_program(network, top_k=top_k, top_p=top_p)
     function = slots.decode
     if not donated:
       function = jax.jit(slots.decode.__wrapped__, static_argnums=(0, 1))
@@ -108,3 +115,40 @@ def test_the_vocabulary_is_sorted_where_filters_ask_for_it_alone(lowered):
   )
   assert "stablehlo.sort" not in plain and "chlo.top_k" not in plain
   assert "stablehlo.sort" in nucleus and "chlo.top_k" in few
+
+
+def test_regrouping_never_holds_more_than_one_layer_twice(network, monkeypatch):
+  caches = jax.eval_shape(lambda: network.init_cache(B, W, C))
+  random = np.random.default_rng(0)
+
+  def draw(like):
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+      return jax.random.split(jax.random.key(0), like.shape)
+    return jnp.asarray(random.integers(0, 9, like.shape), like.dtype)
+
+  state, caches = jax.tree.map(draw, (make_slots(caches), caches))
+  old = [jax.tree.map(np.array, x) for x in (state.prompts, caches)]
+  held = []
+
+  def regroup_layer(*args):
+    arrays = [x for x in jax.live_arrays() if x.shape == like]
+    held.append(len(arrays))
+    return original(*args)
+
+  original, like = slots.regroup_layer, caches[0].keys.shape
+  monkeypatch.setattr(slots, "regroup_layer", regroup_layer)
+  blocks, rows = [4, 1], [[W * 4 + 3, W * 4], [W + 2, -1]]
+  new, got = slots.regroup(
+    make_program(network), state, caches, jnp.array(blocks), jnp.array(rows)
+  )
+  number = network.config.text_config.num_hidden_layers
+  assert held == [2 * left for left in range(number, 0, -1)]
+  taken = jax.tree.map(lambda x: x[blocks], old[0])
+  jax.tree.map(np.testing.assert_array_equal, new.prompts, taken)
+  for one, before in zip(
+    jax.tree.leaves(got), jax.tree.leaves(old[1]), strict=True
+  ):
+    for b, w, row in ((0, 0, (4, 3)), (0, 1, (4, 0)), (1, 0, (1, 2))):
+      np.testing.assert_array_equal(one[b, :, w], before[row[0], :, row[1]])
+  assert new.ended[1, 1]
+  assert new.begun.tolist() == state.begun[jnp.array(blocks)].tolist()
