@@ -1,5 +1,6 @@
 """What a run writes down: checkpoints, metrics, evaluations, results."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -81,6 +82,7 @@ class Books:
     self._held: Callable[[], None] | None = None
     self._waiting = b""  # groups of the checkpoint that was taken up
     self._warned: set[str] = set()
+    self._writing: concurrent.futures.Future[None] | None = None
 
   def __enter__(self) -> "Books":
     return self
@@ -115,6 +117,10 @@ class Books:
         show=self._display.show,
       )
     self._stack.callback(self._logger.close)
+    # Records are written beside the device's work on the next step.
+    self._writer = self._stack.enter_context(
+      concurrent.futures.ThreadPoolExecutor(1, "records")
+    )
     self._clock = time.monotonic() - progress.seconds
     return state, progress, position
 
@@ -169,21 +175,35 @@ class Books:
     metrics: Mapping[str, float],
     timing: Mapping[str, float],
   ) -> None:
-    """Records one step, and some of its samples."""
+    """Records one step, and some of its samples, in the background.
+
+    Raises:
+      OSError: what was recorded before could not be written.
+    """
+    self.written()
     place: dict[str, Any] = {
       "stage": stage.name,
       "step": progress.step,
       "global_step": progress.global_step,
     }
-    self._logger.step(**place, metrics=metrics, timing=timing)
     log = self._job.config["log"]
-    if (
-      log["samples_every"]
-      and progress.step % log["samples_every"] == 1 % (log["samples_every"])
-    ):
-      self._logger.samples(
-        **place, samples=_samples(self._job, batch, log["samples"])
-      )
+    every = log["samples_every"]
+    shown = (
+      log["samples"] if every and progress.step % every == 1 % every else 0
+    )
+
+    def write() -> None:
+      self._logger.step(**place, metrics=metrics, timing=timing)
+      if shown:
+        self._logger.samples(**place, samples=_samples(self._job, batch, shown))
+
+    self._writing = self._writer.submit(write)
+
+  def written(self) -> None:
+    """Returns when what was recorded is written down."""
+    writing, self._writing = self._writing, None
+    if writing is not None:
+      writing.result()
 
   def warn(self, stage: Stage, message: str | None) -> None:
     """Tells something once in a stage, however often it is so."""
@@ -209,6 +229,7 @@ class Books:
       position: in the data.
       waiting: this host's groups that the next step begins with; None: none.
     """
+    self.written()
     if progress.global_step == self._saved:
       return
     self._saved, self._held = progress.global_step, None
@@ -280,6 +301,7 @@ class Books:
 
       metrics = self._evaluator.run(params, answered)
     progress.owed = False
+    self.written()
     self._logger.evaluation(
       stage=name,
       global_step=progress.global_step,
@@ -321,7 +343,7 @@ class Books:
     """Raises Stopped where too much went wrong; the batch learned from dumped."""
     limits = self._job.config["limits"]
     if metrics.get("picture_effect") == 0:
-      raise Stopped(
+      raise self._stopped(
         f"stage {stage.name}: the model is blind. Its completions are exactly "
         "as likely when questions are shown each other's pictures "
         "(picture_effect is 0). Look for vision weights that are zero or "
@@ -333,25 +355,30 @@ class Books:
       of = f"_host{host}" if jax.process_count() > 1 else ""
       file = self._job.workdir / f"not_finite_{step}{of}.npz"
       paths.write(file, to_npz(batch))
-      raise Stopped(
+      raise self._stopped(
         f"stage {stage.name}: {progress.skipped_updates} updates had a "
         f"gradient that is not finite; limits.skipped_updates is "
         f"{limits['skipped_updates']}. The last batch is in {file}. Look for "
         "huge ratios or KL there; a smaller learning rate or kl_limit helps."
       )
     if progress.failed_groups > limits["failed_groups"]:
-      raise Stopped(
+      raise self._stopped(
         f"stage {stage.name}: the rewards of {progress.failed_groups} groups "
         f"failed; limits.failed_groups is {limits['failed_groups']}. Mend the "
         "reward named above, or raise rewards.timeout."
       )
     self._check_programs(f"stage {stage.name}")
 
+  def _stopped(self, why: str) -> Stopped:
+    """What to raise, the last step written down."""
+    self.written()
+    return Stopped(why)
+
   def _check_programs(self, where: str) -> None:
     """Raises Stopped where a program was compiled for too many shapes."""
     most = self._job.config["limits"]["programs"]
     if too_many := compiling.excess(most):
-      raise Stopped(f"{where}: {too_many}")
+      raise self._stopped(f"{where}: {too_many}")
 
   def finish(self, params: Params, progress: Progress) -> None:
     """Exports the policy, draws the curves and prints the results."""

@@ -101,8 +101,7 @@ class Display:
     """Shows a record of metrics.jsonl, as `Logger` writes it."""
     if record["kind"] == "eval":
       self.print(_evaluation_line(record))
-    elif record["stage"] in self._stages:
-      task = self._stages[record["stage"]]
+    elif (task := self._stages.get(record["stage"])) is not None:
       self._bars.update(
         task, completed=record["step"], numbers=_numbers(record)
       )

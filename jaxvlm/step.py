@@ -16,7 +16,7 @@ from jaxvlm.learner import Learner, TrainState
 from jaxvlm.metrics import Metrics, add
 from jaxvlm.packing import Packed
 from jaxvlm.rl import advantages, kl
-from jaxvlm.rollout.sampler import Sampler
+from jaxvlm.rollout.sampler import Sampler, Weights
 from jaxvlm.scoring import Scorer
 from jaxvlm.stages import Stage
 from jaxvlm.types import Experience, Params, Question, Rollout, Scores
@@ -34,18 +34,24 @@ def encode_frozen(
   return questions
 
 
+def sampling_weights(
+  stage: Stage, sampler: Sampler, params: Params
+) -> Weights | None:
+  """What all rollouts of a step read; None in SFT, which samples nothing."""
+  return None if stage.kind == "sft" else sampler.weights(params)
+
+
 def roll_out(
   stage: Stage,
   sampler: Sampler,
-  params: Params,
+  weights: Weights | None,
   questions: Sequence[Question],
   key: jax.Array,
 ) -> Rollout:
   """Completions of these questions: sampled, or in SFT as they are written."""
   draws = stage.make_draws()
-  if stage.kind == "sft":
+  if weights is None:
     return demonstrations(questions, draws.max_completion_length)
-  weights = sampler.weights(params)
   return sampler.sample(weights, questions, key=key, draws=draws)
 
 

@@ -14,6 +14,7 @@ from jaxvlm.display import Display
 from jaxvlm.job import Job
 from jaxvlm.learner import TrainState
 from jaxvlm.metrics import Timers, add, means
+from jaxvlm.rollout.sampler import Weights
 from jaxvlm.scoring import briefly
 from jaxvlm.stages import Ledger, Stage
 from jaxvlm.step import (
@@ -25,6 +26,7 @@ from jaxvlm.step import (
   learn,
   policy_logprobs,
   roll_out,
+  sampling_weights,
 )
 
 
@@ -73,6 +75,7 @@ def run(job: Job, display: Display) -> None:
           started, compiled = time.monotonic(), compiling.tally()
           padded = sampler.padding
           found: list[Batch] = []
+          weights: Weights | None = None  # that sampling reads
           key = step_key(job, stage, progress.step)
           while not enough(stage, waiting, found):
             with timers("data"):
@@ -82,7 +85,11 @@ def run(job: Job, display: Display) -> None:
                 stage, sampler.encoder, state.params, questions
               )
             with timers("rollout"):
-              rollout = roll_out(stage, sampler, state.params, questions, key)
+              if weights is None:
+                weights = sampling_weights(stage, sampler, state.params)
+              rollout = roll_out(stage, sampler, weights, questions, key)
+            if len(found) + 1 == stage.max_rollouts:
+              weights = None  # a copy, which makes room
             grades = grade(job, scorer, questions, rollout)
             with timers("logprobs"):
               logprobs = policy_logprobs(
@@ -95,6 +102,7 @@ def run(job: Job, display: Display) -> None:
             )
             for message in briefly(scores.messages, progress.failed_groups):
               display.print(message)
+          weights = None
           batch = join(found)
           chosen, waiting = choose(stage, batch, waiting)
           with timers("update"):
@@ -126,6 +134,7 @@ def run(job: Job, display: Display) -> None:
           progress.owed = bool(job.held_out and due and not at_end)
           books.heed(state, progress, loader.get_state(), waiting)
           if at_end:
+            books.written()  # its bar is full
             break  # the end of a stage is written down below
           if due:
             books.evaluate(stage.name, state.params, progress, stage)

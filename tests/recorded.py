@@ -1,6 +1,7 @@
 """main, which also writes down what each host samples, and may be disturbed.
 
-Writes WORKDIR/sampled/ROLLOUT.hostHOST.npz. MISHAP="HOST ROLLOUT WHAT" of the
+Writes WORKDIR/sampled/ROLLOUT.hostHOST.npz, and weights.hostHOST with a line for
+each time that decoding's copy was made. MISHAP="HOST ROLLOUT WHAT" of the
 environment: on that host that rollout begins with a SIGTERM ("stop"), an error
 ("fail") or a minute's sleep ("sleep").
 """
@@ -16,15 +17,20 @@ import numpy as np
 from jaxvlm import main, train
 
 _roll_out = train.roll_out
+_sampling_weights = train.sampling_weights
 
 
-def roll_out(stage, sampler, params, questions, key):
-  host = jax.process_index()
-  place = pathlib.Path(main.CONFIG.value.workdir, "sampled")
-  place.mkdir(exist_ok=True)
+def sampling_weights(stage, sampler, params):
+  with open(sampled() / f"weights.host{jax.process_index()}", "a") as file:
+    file.write(f"{stage.name}\n")
+  return _sampling_weights(stage, sampler, params)
+
+
+def roll_out(stage, sampler, weights, questions, key):
+  host, place = jax.process_index(), sampled()
   number = len(list(place.glob(f"*.host{host}.npz")))
   mishap(host, number)
-  rollout = _roll_out(stage, sampler, params, questions, key)
+  rollout = _roll_out(stage, sampler, weights, questions, key)
   np.savez(
     place / f"{number}.host{host}.npz",
     questions=[question.question_id for question in questions],
@@ -33,6 +39,12 @@ def roll_out(stage, sampler, params, questions, key):
     logprobs=rollout.sampler_logprobs,
   )
   return rollout
+
+
+def sampled():
+  place = pathlib.Path(main.CONFIG.value.workdir, "sampled")
+  place.mkdir(exist_ok=True)
+  return place
 
 
 def mishap(host, number):
@@ -48,5 +60,5 @@ def mishap(host, number):
 
 
 if __name__ == "__main__":
-  train.roll_out = roll_out
+  train.roll_out, train.sampling_weights = roll_out, sampling_weights
   main.cli()

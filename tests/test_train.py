@@ -549,9 +549,15 @@ def test_groups_of_one_reward_are_replaced_and_no_stop_changes_anything(
   )
   whole, stopped = tmp_path / "whole", tmp_path / "stopped"
   status, out, err = launch(
-    *flags, f"workdir={whole}", "checkpoint.every=100"
+    *flags,
+    f"workdir={whole}",
+    "checkpoint.every=100",
+    script=ROOT / "tests" / "recorded.py",
   ).wait()
   assert status == 0, err
+  # Decoding's weights are made once a step, however many rollouts it has.
+  made = (whole / "sampled" / "weights.host0").read_text()
+  assert made == "reason\n" * 4
   found = [r["metrics"] for r in records(whole) if r["kind"] == "train"]
   assert {2.0, 3.0, 4.0} & {metrics["rollouts"] for metrics in found}
   for metrics in found:

@@ -329,6 +329,8 @@ def _update(
     "tokens": rows // run.shards * columns,
   }
   if micro.old_logprobs is not None or micro.ref_logprobs is not None:
+    again = stage.max_rollouts > 1  # then decoding's copy stays for the next
+    weights = gathered(run.network, run.mesh) if again else ()
     compile(
       "logprobs",
       learner.logprobs,
@@ -336,7 +338,7 @@ def _update(
       params,
       banned,
       micro.tree,
-      beside=kept,
+      beside={**kept, "decode weights": weights},
       **loops,
     )
   total = compile("zeros", learner.zeros, program, params, beside=kept)
