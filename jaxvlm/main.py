@@ -15,7 +15,6 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jaxvlm import (
-  allocator,
   books,
   checkpoint,
   compiling,
@@ -44,7 +43,6 @@ _NO_CONFIG = "jaxvlm: no --config; give one, as --config=configs/staged.py."
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     sys.exit(f"jaxvlm: unexpected arguments: {' '.join(argv[1:])}")
-  allocator.keep_freed()
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
   sys.unraisablehook = checkpoint.print_unraisable
   config = CONFIG.value.to_dict()

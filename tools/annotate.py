@@ -25,7 +25,6 @@ if __name__ == "__main__":
 from absl import app, flags, logging
 
 from jaxvlm import (
-  allocator,
   annotate,
   annotations,
   checkpoint,
@@ -60,7 +59,6 @@ def run(argv: list[str]) -> None:
     sys.exit(f"annotate: unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
   sys.unraisablehook = checkpoint.print_unraisable
-  allocator.keep_freed()
   main.join("annotate")
   config = main.CONFIG.value.to_dict()
   del config["workdir"]
