@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxvlm import paths
-from jaxvlm.data.rows import row_id
 from jaxvlm.job import Job
 from jaxvlm.stages import Stage
 
@@ -32,8 +31,7 @@ def write(
     for i, stage in enumerate(job.schedule)
   }
   held_out = {
-    rows.capability: [row_id(question.example) for question in rows.questions]
-    for rows in job.held_out
+    rows.capability: list(rows.source.row_ids) for rows in job.held_out
   }
   content = json.dumps({"train": train, "held_out": held_out})
   # No time of writing: runs of the same rows write the same bytes.

@@ -418,6 +418,7 @@ class Books:
       [
         HeldOut(
           capability=rows.capability,
+          examples=rows.examples,
           questions=rows.questions,
           scorer=scorers[rows.reward],
         )

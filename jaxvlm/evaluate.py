@@ -21,6 +21,9 @@ class HeldOut:
   """One capability's questions, and the reward that says what is right."""
 
   capability: str
+  examples: Sequence[Example]  # of all hosts
+  # Of this host: every so many-th of them as there are hosts, or, where none is
+  # left for it, one that fills its batches up.
   questions: Sequence[Question]
   scorer: Scorer
 
@@ -168,16 +171,15 @@ class Evaluator:
 
   def batches(self) -> int:
     """Batches of one `run`."""
-    return sum(2 * len(list(self._slices(h.questions))) for h in self._held_out)
+    return sum(2 * len(list(self._slices(h))) for h in self._held_out)
 
-  def _slices(
-    self, questions: Sequence[Question]
-  ) -> Iterator[tuple[list[Question], int]]:
-    """Full batches of this host's share, and how many of each are its own."""
+  def _slices(self, held_out: HeldOut) -> Iterator[tuple[list[Question], int]]:
+    """Full batches of this host's questions, and how many of each count."""
     hosts, host = jax.process_count(), jax.process_index()
-    own = list(questions[host::hosts])
-    for start in range(0, -(-len(questions) // hosts), self._batch):
-      part = own[start : start + self._batch]
+    total, questions = len(held_out.examples), held_out.questions
+    own = questions[: len(range(host, total, hosts))]
+    for start in range(0, -(-total // hosts), self._batch):
+      part = list(own[start : start + self._batch])
       padding = self._batch - len(part)
       yield part + [questions[0]] * padding, len(part)
 
@@ -189,14 +191,14 @@ class Evaluator:
       jax.random.key(self._seed), zlib.crc32(name.encode())
     )
     sums: dict[str, float] = collections.defaultdict(float)
-    tasks = sorted({q.example.task for q in held_out.questions})
+    tasks = sorted({example.task for example in held_out.examples})
     # Every key exists on every host, so that sums can be added over hosts.
     for task in tasks:
       sums[f"right/{task}"] = sums[f"count/{task}"] = 0
     k = self._sampled.num_completions
     batches = [
       Asked(questions=questions, own=own, key=key, draws=draws)
-      for questions, own in self._slices(held_out.questions)
+      for questions, own in self._slices(held_out)
       for draws in (self._greedy, self._sampled)
     ]
     for asked, rollout, _, scores in answer(
@@ -223,13 +225,12 @@ class Evaluator:
     names = sorted(sums)
     values = sharding.sum_over_hosts([float(sums[n]) for n in names])
     totals = dict(zip(names, values.tolist(), strict=True))
-    examples = [q.example for q in held_out.questions]
     metrics = {
-      f"{name}/{n}": total / len(examples)
+      f"{name}/{n}": total / len(held_out.examples)
       for n, total in totals.items()
       if "/" not in n
     }
-    for task, share in majority(examples).items():
+    for task, share in majority(held_out.examples).items():
       accuracy = totals[f"right/{task}"] / totals[f"count/{task}"]
       metrics[f"{name}/task/{task}/greedy"] = accuracy
       metrics[f"{name}/task/{task}/majority"] = share

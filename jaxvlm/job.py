@@ -28,14 +28,14 @@ from jaxvlm.data.loader import Loader, Source
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.rows import Rows, order_keys, select
 from jaxvlm.display import Display
-from jaxvlm.filling import Known, sizes_of
+from jaxvlm.filling import Known
 from jaxvlm.find import find
 from jaxvlm.learner import Learner
 from jaxvlm.models import Network
 from jaxvlm.rollout.sampler import Sampler
 from jaxvlm.scoring import Rewards, Scorer, check_rewards
 from jaxvlm.stages import Stage, hold_schedule
-from jaxvlm.types import Params, Question
+from jaxvlm.types import Example, Params, Question
 
 _TRIED = 4  # batches of a stage, from which sizes are chosen
 # What any data entry of a config has beside its source's own fields.
@@ -69,7 +69,9 @@ class HeldOutRows:
   """One capability's held-out rows and the reward that says what is right."""
 
   capability: str
-  questions: Sequence[Question]
+  source: Source
+  examples: Sequence[Example]  # all of them, as they are shown
+  questions: Sequence[Question]  # this host's: `loader.questions`
   reward: str
 
 
@@ -111,7 +113,7 @@ class Job:
   @functools.cached_property
   def known(self) -> Known:
     """What the questions to come are like."""
-    sizes = [sizes_of(rows.questions) for rows in self.held_out]
+    sizes = [rows.source.sizes for rows in self.held_out]
     for named in self.sources.values():
       sizes += [source.sizes for source in named.values()]
     tokens, patches = np.concatenate(sizes).max(0, initial=0).tolist()
@@ -140,7 +142,7 @@ class Job:
         )
     each = self.config["evaluation"]["batch_questions"] // shards
     for rows in self.held_out:
-      yield sizes_of(rows.questions[:each])
+      yield rows.source.sizes[:each]
 
   def make_sampler(self) -> Sampler:
     """One for all stages and evaluations, whose shapes fit their data."""
@@ -295,10 +297,19 @@ def _with_rows(job: Job, open_source: "_Opener") -> Job:
     entry = job.config["evaluation"]["sets"][capability]
     field = f"evaluation.sets.{capability}.data"
     rows = open_source(field, entry["data"], None, "")
+    examples = loader.shown(rows, job.config["seed"])
     held_out.append(
       HeldOutRows(
         capability=capability,
-        questions=loader.questions(rows, job.processor, job.config["seed"]),
+        source=rows,
+        examples=examples,
+        questions=loader.questions(
+          rows,
+          examples,
+          job.processor,
+          process_index=jax.process_index(),
+          process_count=jax.process_count(),
+        ),
         reward=entry["reward"],
       )
     )

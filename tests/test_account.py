@@ -32,7 +32,7 @@ def make_job(*stages, sources, seed=0):
   held_out = types.SimpleNamespace(
     capability="seeing",
     reward="exact",
-    questions=[types.SimpleNamespace(example=e) for e in examples(3, 100)],
+    source=make_source(examples(3, 100)),
   )
   return types.SimpleNamespace(
     config={"seed": seed, "allows": ("order",)},

@@ -122,11 +122,18 @@ def sampler():
   return Sampler()
 
 
+def make_held_out(questions, own=slice(None)):
+  return HeldOut(
+    capability="sight",
+    examples=[question.example for question in questions],
+    questions=questions[own],
+    scorer=Scorer(),
+  )
+
+
 @pytest.fixture
 def held_out():
-  return HeldOut(
-    capability="sight", questions=make_questions(), scorer=Scorer()
-  )
+  return make_held_out(make_questions())
 
 
 EXPECTED = {
@@ -219,18 +226,18 @@ def test_a_batch_is_under_way_while_the_one_before_is_scored(sampler, held_out):
 
 
 def test_questions_without_a_task_have_no_task_metrics(sampler):
-  held_out = HeldOut(
-    capability="sight", questions=make_questions([""] * 5), scorer=Scorer()
-  )
+  held_out = make_held_out(make_questions([""] * 5))
   metrics = make_evaluator([held_out], sampler).run("policy")
   assert not any("task" in name for name in metrics)
   assert metrics["sight/greedy"] == pytest.approx(3 / 5)
 
 
-def test_hosts_share_the_questions_and_add_their_sums(held_out, monkeypatch):
+def test_hosts_evaluate_their_own_questions_and_add_their_sums(monkeypatch):
+  """Each host has no others, and all of them count the same batches."""
   sums, seen = [], []
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   for host in (0, 1):
+    held_out = make_held_out(make_questions(), slice(host, None, 2))
     sampler = Sampler()
     monkeypatch.setattr(jax, "process_index", lambda host=host: host)
     monkeypatch.setattr(
@@ -240,12 +247,22 @@ def test_hosts_share_the_questions_and_add_their_sums(held_out, monkeypatch):
     )
     make_evaluator([held_out], sampler, batch_questions=4).run("policy")
     seen.append([ids for _, ids, _, _ in sampler.calls][::2])
-  assert seen == [[[0, 2], [4, 0]], [[1, 3], [0, 0]]]  # 0 fills up
+  assert seen == [[[0, 2], [4, 0]], [[1, 3], [1, 1]]]  # the first fills up
   monkeypatch.setattr(
     evaluate.sharding, "sum_over_hosts", lambda values: sums[0] + sums[1]
   )
   metrics = make_evaluator([held_out], Sampler(), batch_questions=4).run("")
   assert metrics == pytest.approx(EXPECTED)
+
+
+def test_a_host_that_no_question_is_left_for_counts_none(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  monkeypatch.setattr(jax, "process_index", lambda: 1)
+  monkeypatch.setattr(evaluate.sharding, "sum_over_hosts", np.array)
+  held_out, sampler = make_held_out(make_questions([""])), Sampler()
+  metrics = make_evaluator([held_out], sampler, batch_questions=4).run("")
+  assert [ids for _, ids, _, _ in sampler.calls] == 2 * [[0, 0]]
+  assert metrics["sight/greedy"] == 0 and not held_out.scorer.examples
 
 
 def test_majority_is_the_share_of_the_most_frequent_answer():

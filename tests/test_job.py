@@ -20,6 +20,9 @@ from jaxvlm.types import Question
 class Processor:
   """Measures problems in letters and asks nothing else of a row."""
 
+  def __init__(self):
+    self.asked = []
+
   def measure(self, example):
     return len(example.problem), 0
 
@@ -27,6 +30,7 @@ class Processor:
     return 0
 
   def question(self, example, question_id):
+    self.asked.append(example.problem)
     nothing = dict.fromkeys(
       ("prompt_ids", "position_ids", "pixel_values", "image_grid_thw")
     )
@@ -199,6 +203,42 @@ def test_a_number_that_cannot_be_is_refused_by_its_field(
     ValueError, match=rf"^{field}: got {value}; expected {expected}\.$"
   ):
     job._check_numbers(numbers)
+
+
+@pytest.mark.parametrize(
+  ("host", "own"), [(0, ["q", "qqq"]), (1, ["qq", "qqqq"])]
+)
+def test_a_host_prepares_its_own_held_out_questions_and_knows_all_sizes(
+  opener, tmp_path, monkeypatch, make_mesh, host, own
+):
+  rows = [
+    {"problem": "q" * n, "answer": str(n), "task": f"t{n}"}
+    for n in (1, 2, 3, 4)
+  ]
+  data = entry(write(tmp_path / "held_out.jsonl", rows))
+  evaluation = {
+    "capabilities": ("see",),
+    "sets": {"see": {"reward": "exact", "data": data}},
+    "batch_questions": 3,
+  }
+  made = job.Job(
+    config={"seed": 0, "evaluation": evaluation},
+    processor=opener.processor,
+    schedule=(),
+    mesh=make_mesh(1, 1, 1),
+    **dict.fromkeys(("workdir", "checkpoint", "network", "banned")),
+    **dict.fromkeys(("sources", "held_out", "dropped")),
+  )
+  monkeypatch.setattr(job.jax, "process_count", lambda: 2)
+  monkeypatch.setattr(job.jax, "process_index", lambda: host)
+  found = job._with_rows(made, opener)
+  (see,) = found.held_out
+  assert opener.processor.asked == own
+  assert [q.example.problem for q in see.questions] == own
+  assert [e.task for e in see.examples] == ["t1", "t2", "t3", "t4"]
+  assert found.known.tokens == 4
+  (tried,) = found.known.batches
+  assert tried[:, 0].tolist() == [1, 2, 3]
 
 
 def test_batches_are_tried_as_the_stages_will_draw_them(make_mesh):

@@ -129,14 +129,34 @@ def _within(
   return np.flatnonzero(fits), dropped
 
 
-def questions(
-  source: Source, processor: Processor, seed: int
-) -> list[Question]:
-  """The kept rows in order; question_id is the index among all rows."""
+def shown(source: Source, seed: int) -> list[Example]:
+  """The kept rows in order, as evaluations show them."""
   return [
-    processor.question(source.draw(number, int(i), seed), int(i))
-    for number, i in enumerate(source.kept)
+    source.draw(number, int(i), seed) for number, i in enumerate(source.kept)
   ]
+
+
+def questions(
+  source: Source,
+  examples: Sequence[Example],
+  processor: Processor,
+  *,
+  process_index: int,
+  process_count: int,
+) -> list[Question]:
+  """Prepares what this host evaluates: every process_count-th of the rows.
+
+  A host that none is left for prepares the first row, to fill its batches up.
+
+  Args:
+    source: of the rows; question_id is the index among all of them.
+    examples: what `shown` gives.
+    processor: prepares them.
+    process_index: which host this is.
+    process_count: how many hosts there are.
+  """
+  own = range(process_index, len(examples), process_count) or range(1)
+  return [processor.question(examples[n], int(source.kept[n])) for n in own]
 
 
 class Loader:

@@ -182,14 +182,31 @@ def test_mixtures_that_cannot_be_are_refused(processor, mixture):
     make_loader(processor, mixture, process_count=3)
 
 
+def questions(source, processor, index=0, count=1):
+  return loader.questions(
+    source,
+    loader.shown(source, 0),
+    processor,
+    process_index=index,
+    process_count=count,
+  )
+
+
 def test_questions_keep_order_and_index(processor):
-  rows = whole(make_rows(5), kept=np.array([3, 1]))
-  got = loader.questions(rows, processor, 0)
+  got = questions(whole(make_rows(5), kept=np.array([3, 1])), processor)
   assert [(q.question_id, q.example.problem) for q in got] == [
     (3, "3"),
     (1, "1"),
   ]
   assert type(got[0].question_id) is int
+
+
+def test_hosts_prepare_the_questions_of_one_without_another(processor):
+  source = whole(make_rows(5), kept=np.array([4, 2, 1]))
+  got = [questions(source, processor, i, 2) for i in range(2)]
+  assert [[q.question_id for q in own] for own in got] == [[4, 1], [2]]
+  (filling,) = questions(source, processor, 3, 4)
+  assert filling.question_id == 4
 
 
 def test_options_come_in_another_order_at_each_draw(processor):
@@ -217,10 +234,9 @@ def test_options_come_in_another_order_at_each_draw(processor):
   assert collections.Counter(
     q.example.problem for _ in range(8) for q in next(stream)
   ) == collections.Counter(example.problem for example in drawn)
-  held_out = loader.questions(source, processor, 0)
-  assert [q.example for q in held_out] == [
-    q.example for q in loader.questions(source, processor, 0)
-  ]
+  held_out = loader.shown(source, 0)
+  assert held_out == loader.shown(source, 0)
+  assert [q.example for q in questions(source, processor)] == held_out
   kept = whole([row])
   assert next(make_loader(processor, {"a": kept}))[0].example.answer == "B"
 
