@@ -5,6 +5,7 @@ not through the devices: so none waits longer than `limit` for one that is slow,
 and all hear within seconds of one that failed.
 """
 
+import concurrent.futures
 import contextlib
 import io
 import itertools
@@ -15,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -56,7 +57,8 @@ def join(
   """Joins the other processes of the run; must come before any computation.
 
   Without arguments jax finds them: on TPU pods, under Slurm's srun, in indexed
-  jobs of Kubernetes and under Open MPI. Elsewhere this process is alone.
+  jobs of Kubernetes and under Open MPI. Elsewhere this process is alone. SIGTERM
+  while it waits for them ends it, with status 0.
 
   Args:
     coordinator_address: HOST:PORT of process 0.
@@ -85,7 +87,8 @@ def join(
   # It would take SIGTERM before a run heeds it, and never say so.
   jax.config.update("jax_enable_preemption_service", False)
   try:
-    jax.distributed.initialize(
+    _heeded(
+      jax.distributed.initialize,
       *given,
       local_device_ids=_gpus(),
       cluster_detection_method="deactivate" if by_hand else None,
@@ -96,6 +99,20 @@ def join(
       "Kubernetes, finding them takes `pip install 'jax[k8s]'`.) "
       "--num_processes=1 runs alone."
     ) from error
+
+
+def _heeded(call: Callable[..., None], *args: Any, **options: Any) -> None:
+  """Calls what may wait outside Python; SIGTERM meanwhile ends this process.
+
+  Python's handlers run in the main thread alone, between two steps of its own:
+  so another thread makes the call.
+  """
+  with preparing(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+    try:
+      pool.submit(call, *args, **options).result()
+    except Terminated as stopped:
+      print(stopped, flush=True)
+      os._exit(0)  # that thread may wait for what never comes
 
 
 def _surrounded() -> bool:

@@ -46,8 +46,10 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
   sys.unraisablehook = checkpoint.print_unraisable
   config = CONFIG.value.to_dict()
-  join("jaxvlm")
-  with hosts.heeding(), hosts.together(), contextlib.ExitStack() as stack:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(hosts.heeding())
+    join("jaxvlm")
+    stack.enter_context(hosts.together())
     display = stack.enter_context(Display(make_console()))
     try:
       with hosts.preparing():

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import time
 
@@ -269,6 +270,18 @@ def test_a_sigterm_on_one_host_ends_all_while_they_prepare(begin, tmp_path):
   assert "process 1 has ended: Stopped by SIGTERM before it was under" in heard
   assert "Stopped by SIGTERM before it was under way" in said
   assert time.monotonic() - began < 50
+
+
+def test_a_sigterm_ends_a_host_that_waits_for_the_first(launch):
+  with socket.create_server(("127.0.0.1", 0)) as first:
+    flags, _ = by_flags(first.getsockname()[1], 2, 1)
+    waiting = launch(*flags)
+    connection, _ = first.accept()  # which never answers
+    os.kill(waiting.pid, signal.SIGTERM)
+    status, out, err = waiting.wait()
+    connection.close()
+  assert status == 0, err
+  assert "Stopped by SIGTERM before it was under way; the same command" in out
 
 
 @pytest.mark.parametrize(
