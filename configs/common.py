@@ -53,6 +53,9 @@ def base(**overrides: object) -> ConfigDict:
         # Seconds that hosts wait for one another, as for one whose rewards or
         # rows are slow, before all end.
         "host_wait": 600.0,
+        # Seconds without a sign of life after which a host is given up as killed,
+        # and all end.
+        "heartbeat": 100.0,
       },
       "checkpoint": {
         "every": 20,

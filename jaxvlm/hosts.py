@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import io
 import itertools
+import math
 import os
 import re
 import signal
@@ -25,11 +26,14 @@ from jax._src import clusters, distributed
 
 _ENDED = "jaxvlm/ended"  # which process did first, its exit status, and why
 _HEARD = "jaxvlm/heard"  # the processes that know
+_ALIVE = "jaxvlm/alive"  # what each process says at each of its looks
+_DONE = "done"  # by one that listens no more, as it has come to its end
 _LISTEN = 0.5  # seconds between two looks
 _LINGER = 5.0  # that a process that failed waits for the others to hear
 
 _numbers = itertools.count()
 _seconds = 600.0  # see `limit`
+_silence = 100.0  # seconds, see `join`
 _terminated = threading.Event()  # by SIGTERM
 _over = threading.Event()  # this process listens no more
 
@@ -53,6 +57,8 @@ def join(
   coordinator_address: str | None,
   num_processes: int | None,
   process_id: int | None,
+  *,
+  heartbeat: float,
 ) -> None:
   """Joins the other processes of the run; must come before any computation.
 
@@ -64,11 +70,14 @@ def join(
     coordinator_address: HOST:PORT of process 0.
     num_processes: how many there are; 1: this one is alone, wherever it is.
     process_id: which of them this is, from 0.
+    heartbeat: seconds without a sign of life after which one is given up.
 
   Raises:
     ValueError: some are given and others are not, the address is none, or no
       process was found.
   """
+  global _silence
+  _silence = heartbeat
   given = (coordinator_address, num_processes, process_id)
   by_hand = given != (None, None, None)
   if num_processes == 1 or not (by_hand or _surrounded()):
@@ -92,6 +101,9 @@ def join(
       *given,
       local_device_ids=_gpus(),
       cluster_detection_method="deactivate" if by_hand else None,
+      # jax aborts the others, with a log of its own, after half of this at the
+      # soonest: only where the first process is what cannot be heard.
+      heartbeat_timeout_seconds=2 * math.ceil(heartbeat + 2 * _LINGER),
     )
   except (RuntimeError, ValueError) as error:
     raise ValueError(
@@ -246,6 +258,7 @@ def together() -> Iterator[None]:
     yield
   _over.set()
   listener.join()
+  _say(client, _DONE)  # the others may need longer
   jax.distributed.shutdown()
 
 
@@ -299,13 +312,58 @@ def _end(
 
 
 def _listen(client: Any) -> None:
-  """Ends this process when another has ended."""
-  while not _over.wait(_LISTEN):
+  """Ends this process when another has ended; the first looks for silent ones."""
+  others = _Others()
+  for look in itertools.count():
+    if _over.wait(_LISTEN):
+      return
     told = _heard(client)
     if told and not _over.is_set():
       status, why = told
       print(f"jaxvlm: {why}", file=sys.stderr)
       _leave(client, status)
+    _say(client, str(look))
+    silent = others.silent(client) if jax.process_index() == 0 else []
+    if silent and not _over.is_set():
+      for process in silent:  # which are not waited for
+        client.key_value_set(f"{_HEARD}/{process}", "")
+      why = (
+        f"{_named(silent)} gave no sign of life for {_silence:g} s "
+        "(limits.heartbeat); it was killed or cannot be reached."
+      )
+      _end(client, Late(why), ())
+
+
+def _say(client: Any, what: str) -> None:
+  # Where this fails the first process has ended, which is heard of otherwise.
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    place = f"{_ALIVE}/{jax.process_index():06}"
+    client.key_value_set(place, what, allow_overwrite=True)
+
+
+class _Others:
+  """What the first process knows of the others' signs of life.
+
+  It counts its own looks instead of seconds, for if it was stopped itself, as
+  machines are for a while, it has missed what the others said meanwhile.
+  """
+
+  def __init__(self) -> None:
+    self._said: dict[int, str] = {}
+    self._looks = dict.fromkeys(range(jax.process_count()), 0)
+
+  def silent(self, client: Any) -> list[int]:
+    """Takes a look; those that said nothing new in too many."""
+    found = client.key_value_dir_get(_ALIVE)
+    said = {int(place[-6:]): what for place, what in found}
+    for process in self._looks:
+      news = said.get(process)
+      if news == _DONE or news != self._said.get(process):
+        self._looks[process] = 0
+      else:
+        self._looks[process] += 1
+    self._said = said
+    return [p for p, n in self._looks.items() if n * _LISTEN >= _silence]
 
 
 def _heard(client: Any) -> tuple[int, str] | None:

@@ -61,7 +61,10 @@ _LEAST = {
   "evaluation.temperature": 0,
   "evaluation.top_k": 0,
 }
-_POSITIVE = ("rewards.timeout", "evaluation.top_p", "limits.host_wait")
+_POSITIVE = (
+  *("rewards.timeout", "evaluation.top_p"),
+  *("limits.host_wait", "limits.heartbeat"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,7 +221,6 @@ def prepare(config: Mapping[str, Any], workdir: Any, display: Display) -> Job:
   Raises:
     ValueError: what is wrong in config, data or checkpoint, and the remedy.
   """
-  _check_numbers(config)
   schedule = _schedule(config)
   mesh = sharding.make_mesh(**config["mesh"])
   for stage in schedule:
@@ -318,7 +320,8 @@ def _with_rows(job: Job, open_source: "_Opener") -> Job:
   )
 
 
-def _check_numbers(config: Mapping[str, Any]) -> None:
+def check_numbers(config: Mapping[str, Any]) -> None:
+  """Raises ValueError for the first number that cannot be, by its field."""
   for path, value in traverse_util.flatten_dict(config).items():
     if not isinstance(value, int | float):
       continue

@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 # Without PyTorch, transformers says that it has no models; none is asked for.
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> None:
   config = CONFIG.value.to_dict()
   with contextlib.ExitStack() as stack:
     stack.enter_context(hosts.heeding())
-    join("jaxvlm")
+    join("jaxvlm", config)
     stack.enter_context(hosts.together())
     display = stack.enter_context(Display(make_console()))
     try:
@@ -84,10 +86,16 @@ def main(argv: list[str]) -> None:
       sys.exit(f"jaxvlm: stopped: {error}" + (remedy if full else ""))
 
 
-def join(name: str) -> None:
+def join(name: str, config: Mapping[str, Any]) -> None:
   """Finds the other processes of this run, where there are any."""
   try:
-    hosts.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    job.check_numbers(config)
+    hosts.join(
+      _COORDINATOR.value,
+      _PROCESSES.value,
+      _PROCESS.value,
+      heartbeat=config["limits"]["heartbeat"],
+    )
   except ValueError as error:
     sys.exit(f"{name}: {error}")
 

@@ -2,8 +2,8 @@
 
 Writes WORKDIR/sampled/ROLLOUT.hostHOST.npz, and weights.hostHOST with a line for
 each time that decoding's copy was made. MISHAP="HOST ROLLOUT WHAT" of the
-environment: on that host that rollout begins with a SIGTERM ("stop"), an error
-("fail") or a minute's sleep ("sleep").
+environment: on that host that rollout begins with a SIGTERM ("stop"), a SIGKILL
+("kill"), an error ("fail") or a minute's sleep ("sleep").
 """
 
 import os
@@ -53,6 +53,8 @@ def mishap(host, number):
     return
   if planned[2] == "stop":
     os.kill(os.getpid(), signal.SIGTERM)
+  elif planned[2] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
   elif planned[2] == "fail":
     raise KeyError("no such picture")
   else:

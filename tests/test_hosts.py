@@ -305,6 +305,58 @@ def test_one_host_that_fails_or_hangs_ends_all_within_a_bound(
   assert time.monotonic() - began < 50
 
 
+@pytest.mark.parametrize(
+  ("killed", "told"),
+  [
+    (1, "jaxvlm: process 1 gave no sign of life for 5 s (limits.heartbeat);"),
+    # jax aborts the others when the first is gone.
+    (0, "leader task was preempted/died"),
+  ],
+)
+def test_a_killed_host_is_missed_within_a_bound(begin, tmp_path, killed, told):
+  """On a machine that is free it takes 6 s, and 0.3 s for the first."""
+  processes = begin(
+    "hosts",
+    tmp_path,
+    "limits.heartbeat=5",
+    "evaluation.capabilities=()",
+    MISHAP=f"{killed} 0 kill",
+  )
+  assert processes.pop(killed).wait()[0] == -signal.SIGKILL
+  since = time.monotonic()
+  (left,) = processes
+  status, _, err = left.wait()
+  assert status != 0 and told in err, err
+  assert time.monotonic() - since < 30
+  assert killed == 0 or len(err.strip().splitlines()) == 1, err
+
+
+class Client:
+  """What the coordinator is asked for signs of life, and what it answers."""
+
+  def __init__(self):
+    self.said = {}
+
+  def key_value_dir_get(self, place):
+    return [(f"{place}/{i:06}", what) for i, what in self.said.items()]
+
+
+def test_silence_is_counted_in_looks_and_ends_with_a_word(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 4)
+  monkeypatch.setattr(hosts, "_silence", 3 * hosts._LISTEN)
+  client, others, found = Client(), hosts._Others(), []
+  client.said[3] = hosts._DONE
+  for look in range(6):
+    client.said[0] = str(look)
+    if look < 2:
+      client.said[1] = str(look)
+    found.append(others.silent(client))
+  assert found == [[], [], [2], [2], [1, 2], [1, 2]]
+  client.said[1] = "6"
+  client.said[0] = "6"
+  assert others.silent(client) == [2]
+
+
 @pytest.fixture
 def joined(monkeypatch):
   """joined(*arguments, **environment): what jax is told then; None: nothing."""
@@ -321,7 +373,7 @@ def joined(monkeypatch):
     )
     for name, value in environment.items():
       monkeypatch.setenv(name, value)
-    hosts.join(*arguments)
+    hosts.join(*arguments, heartbeat=60.0)
     return told[0] if told else None
 
   return joined
@@ -375,6 +427,8 @@ def test_flags_go_before_what_is_found_and_one_process_is_alone(joined):
   assert options["cluster_detection_method"] == "deactivate"
   # Else jax takes the signal, and what loads its rows cannot be ended.
   assert not jax.config.values["jax_enable_preemption_service"]
+  # Half of it is what jax may take to abort; before that, hosts are told.
+  assert options["heartbeat_timeout_seconds"] > 2 * (60 + hosts._LINGER)
   assert joined(None, 1, None) is None
   with pytest.raises(ValueError, match="expected all three, or none where"):
     joined("10.0.0.1:1234", None, 1)
@@ -406,4 +460,4 @@ def test_what_jax_cannot_find_is_told_with_the_remedy(joined, monkeypatch):
   joined(None, 1, None)
   monkeypatch.setattr(jax.distributed, "initialize", fail)
   with pytest.raises(ValueError, match=r"cannot be joined: .*jax\[k8s\]"):
-    hosts.join("10.0.0.1:1234", 2, 1)
+    hosts.join("10.0.0.1:1234", 2, 1, heartbeat=60.0)

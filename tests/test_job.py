@@ -194,7 +194,7 @@ def test_a_number_that_cannot_be_is_refused_by_its_field(
   field, value, expected
 ):
   config = common.base()
-  job._check_numbers(config.to_dict())
+  job.check_numbers(config.to_dict())
   section, name = field.split(".")
   assert name in config[section]
   numbers = config.to_dict()
@@ -202,7 +202,7 @@ def test_a_number_that_cannot_be_is_refused_by_its_field(
   with pytest.raises(
     ValueError, match=rf"^{field}: got {value}; expected {expected}\.$"
   ):
-    job._check_numbers(numbers)
+    job.check_numbers(numbers)
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,8 @@ def run(argv: list[str]) -> None:
     sys.exit(f"annotate: unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
   sys.unraisablehook = checkpoint.print_unraisable
-  main.join("annotate")
   config = main.CONFIG.value.to_dict()
+  main.join("annotate", config)
   del config["workdir"]
   compiling.keep(config.pop("compilation_cache"))
   output = paths.path(_OUTPUT.value)
