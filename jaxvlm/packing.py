@@ -140,8 +140,10 @@ def plan(
   """Rows of equal shape that hold all groups with little padding.
 
   Sizes are the same on all hosts, and few: a row's width follows `tokens` and
-  the longest group alone, unless one row holds everything. Groups that show the
-  same pictures stand in one row, which has them once.
+  what must stand in one row, unless one row holds everything. That is a group,
+  and all groups that show the same pictures, so that those are encoded once:
+  as many of them as `tokens` allow. Where a frozen tower has seen the pictures
+  rows do not grow for them.
 
   Args:
     questions: Q prepared questions of this host.
@@ -157,10 +159,14 @@ def plan(
   patches = np.array([len(q.pixel_values) for q in questions])
   longest = int(sharding.agree_max(lengths.max()))
   width = capacity(max(longest, min(tokens, _ROW)), 32)
+  limit = width if questions[0].features is not None else max(tokens, width)
   pictures = alike(questions)
-  items = _side_by_side(pictures, lengths, width)
+  items = _side_by_side(pictures, lengths, limit)
+  sizes = np.array([lengths[item].sum() for item in items])
+  widest = int(sharding.agree_max(sizes.max()))
+  width = max(width, min(capacity(widest), limit))
   rows, together, fullest = filling.fill(
-    np.array([lengths[item].sum() for item in items]),
+    sizes,
     np.array([patches[item[0]] for item in items]),
     width=width,
     shards=shards,
@@ -189,14 +195,14 @@ def plan(
 
 
 def _side_by_side(
-  pictures: Int[np.ndarray, " Q"], lengths: Int[np.ndarray, " Q"], width: int
+  pictures: Int[np.ndarray, " Q"], lengths: Int[np.ndarray, " Q"], limit: int
 ) -> list[list[int]]:
-  """The questions that show the same pictures, as many as a row holds."""
+  """The questions that show the same pictures, to so many columns together."""
   items: list[list[int]] = []
   last: dict[int, list[int]] = {}
   for q, shown in enumerate(pictures.tolist()):
     item = last.get(shown)
-    if item is None or lengths[item].sum() + lengths[q] > width:
+    if item is None or lengths[item].sum() + lengths[q] > limit:
       item = last[shown] = []
       items.append(item)
     item.append(q)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from jaxvlm import packing
@@ -27,8 +27,9 @@ families = pytest.mark.parametrize(
   "family", ["qwen2_5_vl", "qwen3_vl"], indirect=True
 )
 LENGTH = 8  # C
-# All draws fit in rows and lanes of these sizes, so that few programs do.
-ROWS, COLUMNS, PLACES, PATCHES = 4, 64, 16, 256
+# Rows, columns, places and patches that all draws fit in, so that two programs
+# do: those whose groups share no picture, or few, and others.
+SHAPES = (4, 64, 16, 256), (2, 256, 16, 448)
 
 pictures = st.lists(
   st.sampled_from([(2, 2), (2, 4), (4, 4), (6, 4)]), max_size=3
@@ -77,14 +78,16 @@ def make_questions(random, layout, groups):
 
 
 def widened(plan):
-  """The plan in calls of one size, whatever it holds."""
-  rows, places = plan.groups.shape[1:]
-  room = ((0, 0), (0, ROWS - rows), (0, PLACES - places))
+  """The plan in calls of one of the sizes, whatever it holds."""
+  rows, columns, places, patches = SHAPES[plan.columns > SHAPES[0][1]]
+  room = np.subtract((rows, places), plan.groups.shape[1:])
   return dataclasses.replace(
     plan,
-    groups=np.pad(plan.groups, room, constant_values=-1),
-    columns=COLUMNS,
-    patches=PATCHES if plan.patches else 0,
+    groups=np.pad(
+      plan.groups, [(0, 0), (0, room[0]), (0, room[1])], constant_values=-1
+    ),
+    columns=columns,
+    patches=patches if plan.patches else 0,
   )
 
 
@@ -134,7 +137,13 @@ def compare(naive, learner, calm, start, mesh, layout):
 
 @families
 # Making a failure smaller would take minutes.
-@settings(max_examples=10, deadline=None, phases=[Phase.generate])
+@settings(
+  max_examples=10, deadline=None, phases=[Phase.explicit, Phase.generate]
+)
+# Five groups about the same pictures, longer than a row is for other groups.
+@example(
+  [([(6, 4), (4, 4)], 0, [8, 8, 8]), *[(None, 2, [8, 3, 5])] * 4], 3, 256, 0
+)
 @given(
   groups.filter(lambda drawn: any(own[0] for *_, own in drawn)),
   st.sampled_from([1, 3]),
@@ -155,5 +164,5 @@ def test_loss_and_every_gradient_are_those_of_naive_rows(
     sampler_logprobs=np.zeros(mask.shape, np.float32),
   )
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(packing, "_ROW", COLUMNS)
+    patch.setattr(packing, "_ROW", SHAPES[0][1])
     compare(make_questions(random, layout, groups), rollout, tokens, random)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvlm.data.vision_layout import token_places
+from jaxvlm.data.vision_layout import capacity, token_places
 from jaxvlm.packing import Packed, pack, plan
 
 families = pytest.mark.parametrize(
@@ -218,6 +218,75 @@ def test_pictures_of_several_questions_stand_in_a_lane_once(questions, layout):
   short = plan(asked, mask, tokens=two, **given)
   held = [set(row.tolist()) & {0, 3, 4} for row in short.groups[:, 0]]
   assert len([row for row in held if row]) == 2
+
+
+groups_of_pictures = st.lists(
+  st.tuples(st.integers(1, 300), st.integers(-1, 4)), min_size=1, max_size=24
+)
+
+
+def asked(questions, drawn):
+  """Questions and a mask: each of so many tokens, about such a picture."""
+  text, shown = questions[2], questions[1]
+  lengths = np.array([length for length, _ in drawn])
+  return [
+    text if picture < 0 else showing(shown, picture) for _, picture in drawn
+  ], (np.arange(300) < lengths[:, None])[:, None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  groups_of_pictures, st.sampled_from([64, 700, 1024, 4096]), st.integers(1, 3)
+)
+def test_an_update_encodes_each_picture_once_where_a_microbatch_holds_it(
+  layout, questions, drawn, tokens, shards
+):
+  """Only what is about one picture and longer than a microbatch is split."""
+  own, mask = asked(questions, drawn)
+  found = plan(own, mask, tokens=tokens, shards=shards, layout=layout)
+  lengths = mask.sum((1, 2)) + [len(q.prompt_ids) for q in own]
+  rows = found.groups.reshape(-1, found.groups.shape[-1])
+  budget = max(tokens, capacity(int(lengths.max()), 32))
+  assert found.groups.shape[1] // shards * found.columns <= budget
+  for row in rows:
+    assert lengths[row[row >= 0]].sum() <= found.columns
+  encodes = 0
+  for picture in {picture for _, picture in drawn} - {-1}:
+    shown = [q for q, (_, p) in enumerate(drawn) if p == picture]
+    times = sum(bool(set(row.tolist()) & set(shown)) for row in rows)
+    whole = lengths[shown].sum()
+    # First come, first served: of any two parts one alone is too long.
+    assert times == 1 if whole <= budget else times <= 2 * whole / budget + 1
+    encodes += times
+  assert found.used_patches == encodes * len(questions[1].pixel_values)
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_rows_do_not_grow_where_nothing_is_encoded_twice(
+  questions, layout, encoded
+):
+  """Twelve pictures, or one that a frozen tower has seen before."""
+  own, mask = asked(questions, [(200, 0 if encoded else i) for i in range(12)])
+  if encoded:
+    features = np.zeros((1, 4, 8), np.float32)
+    own = [dataclasses.replace(q, features=features) for q in own]
+  found = plan(own, mask, tokens=4096, shards=1, layout=layout)
+  assert found.columns == 512
+  assert found.groups.shape[:2] == (1, 6)
+
+
+def test_rows_of_shared_pictures_have_few_widths(questions, layout):
+  """Batches of eight groups a picture: four sizes an octave of columns."""
+  random = np.random.default_rng(0)
+  found = set()
+  for _ in range(60):
+    longest = random.integers(20, 300)
+    drawn = [(int(random.integers(1, longest)), i // 8) for i in range(32)]
+    own, mask = asked(questions, drawn)
+    one = plan(own, mask, tokens=4096, shards=1, layout=layout)
+    if one.groups.shape[0] * one.groups.shape[1] > 1:
+      found.add(one.columns)
+  assert found <= {512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048}
 
 
 def test_lanes_of_pictures_that_are_alike_hold_them_to_the_patch(
