@@ -20,7 +20,7 @@ from jaxvlm.data.vision_layout import (
 from jaxvlm.filling import UNKNOWN, Known
 from jaxvlm.metrics import Metrics, add
 from jaxvlm.models import Network
-from jaxvlm.types import Features, Params, Question, Vision
+from jaxvlm.types import Features, Params, Question, Unmerged, Vision
 
 # Patches of a lane, at least: small pictures share one, where long lanes are as
 # good as many.
@@ -33,8 +33,15 @@ _CALLS = 4  # for a batch in which each question has a lane of its own, or more
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def encode(network: Network, params: Params, vision: Vision) -> Features:
+def encode(
+  network: Network, params: Params, vision: Vision | Unmerged
+) -> Features:
   return network.encode(params, vision)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def see(network: Network, params: Params, vision: Vision) -> Unmerged:
+  return network.see(params, vision)
 
 
 class Encoder:
@@ -62,16 +69,23 @@ class Encoder:
     self.padding: Metrics = {}
 
   def __call__(
-    self, params: Params, questions: Sequence[Question]
+    self, params: Params, questions: Sequence[Question], *, merge: bool = True
   ) -> list[Question]:
     """The questions of this host with their features; text's are empty.
 
     A batch of text alone stays as it is, and so does one that has them. What
     several questions show is encoded once.
+
+    Args:
+      params: the tree.
+      questions: of this host; features of theirs that are not merged yet are
+        merged, without the rest of the tower.
+      merge: False: the features are what the mergers are given.
     """
     sizes = np.array([len(q.pixel_values) for q in questions])
     longest = int(sharding.agree_max(sizes.max()))
-    if not longest or questions[0].features is not None:
+    known = questions[0].features
+    if not longest or (known is not None and (known.ndim == 3 or not merge)):
       return list(questions)
     first = alike(questions)
     sizes[first != np.arange(len(questions))] = 0
@@ -88,7 +102,7 @@ class Encoder:
     self.padding = add(
       self.padding, {"padding/lanes": (whole - sizes.sum(), whole)}
     )
-    seen: list[Features] = []
+    seen: list[Unmerged | Features] = []
     for start in range(0, len(rows), together):
       vision = pack_vision(
         [[questions[q] for q in row] for row in rows[start:][:together]],
@@ -96,8 +110,8 @@ class Encoder:
         patches=lane,
         like=questions[0],
       )
-      assert isinstance(vision, Vision)
-      seen.append(self._see(params, vision))
+      assert isinstance(vision, Vision | Unmerged)
+      seen.append(self._see(params, vision, merge))
       jax.block_until_ready(seen[-2:-1])  # the host packs one call ahead
     lanes = [found for features in seen for found in _lanes(features)]
     features = [lanes[0][:, :0]] * len(questions)
@@ -126,14 +140,18 @@ class Encoder:
     each = -(-questions // self._shards)
     return lane, min(capacity(-(-each // _CALLS)), _most(lane))
 
-  def _see(self, params: Params, vision: Vision) -> Features:
+  def _see(
+    self, params: Params, vision: Vision | Unmerged, merge: bool
+  ) -> Unmerged | Features:
     placed = sharding.place(self._mesh, {"vision": vision})["vision"]
-    lanes, patches = vision.rows.shape
+    places = vision.rows if isinstance(vision, Vision) else vision.tokens
+    lanes, length = places.shape[:2]
+    name, run = ("encode", encode) if merge else ("see", see)
     with (
       sharding.use(self._mesh),
-      compiling.program("encode", lanes=lanes, patches=patches),
+      compiling.program(name, lanes=lanes, length=length),
     ):
-      return encode(self._network, params, placed)
+      return run(self._network, params, placed)
 
 
 def _most(lane: int) -> int:
@@ -154,8 +172,8 @@ def _together(batches: Sequence[Int[np.ndarray, " N"]], lane: int) -> int:
   return min(options, key=lambda n: np.mean(-rows % n / (rows + -rows % n)))
 
 
-def _lanes(features: Features) -> np.ndarray:
-  """[S 1+K M D] of this host."""
+def _lanes(features: Unmerged | Features) -> np.ndarray:
+  """[S 1+K M D] of this host, or [S 1+K M B E]."""
   found = sharding.to_host(features.tokens)[None]
   if features.levels is not None:
     levels = sharding.to_host(features.levels, axis=1)

@@ -19,7 +19,7 @@ from jaxvlm.models import Network
 from jaxvlm.packing import Packed
 from jaxvlm.rl import kl, losses, surrogates
 from jaxvlm.rl.logprobs import token_logprobs
-from jaxvlm.types import Experience, Features, Params, Tree, record
+from jaxvlm.types import Experience, Params, Tree, Vision, record
 
 Flat = dict[str, Array]  # parameters by "/"-joined path
 Metrics = dict[str, losses.Pair]
@@ -286,11 +286,10 @@ def _wait(found: Sequence[Any]) -> None:
 
 def _compiles(name: str, tree: Tree) -> contextlib.AbstractContextManager[None]:
   rows, columns = tree.ids.shape
-  vision = tree.vision
-  if isinstance(vision, Features):
-    lane = vision.tokens.shape[1]
-  else:
-    lane = 0 if vision is None else vision.rows.shape[1]
+  vision, lane = tree.vision, 0
+  if vision is not None:
+    places = vision.rows if isinstance(vision, Vision) else vision.tokens
+    lane = places.shape[1]
   return compiling.program(
     name,
     rows=rows,

@@ -28,9 +28,12 @@ def encode_frozen(
   params: Params,
   questions: list[Question],
 ) -> list[Question]:
-  """Questions with what the tower sees, where the stage does not train it."""
-  if {"vision_tower", "merger"} <= set(stage.freeze):
-    return encoder(params, questions)
+  """Questions with what the tower sees, where the stage does not train it.
+
+  What its mergers see, where they are trained: each reader merges that.
+  """
+  if "vision_tower" in stage.freeze:
+    return encoder(params, questions, merge="merger" in stage.freeze)
   return questions
 
 

@@ -2,7 +2,8 @@
 
 Letters: Q questions, G completions a question, P prompt length, C completion
 length, R packed rows, T packed row length, U rows that follow one another, L
-vision patches of a lane, M = L / merge**2 visual tokens, S vision lanes.
+vision patches of a lane, M = L / merge**2 visual tokens, S vision lanes, K
+levels of DeepStack.
 
 Arrays are numpy on the host and jax.Array on the device; the records are the
 same. Host-only records (`Example`, `Question`, `Scores`) are not pytrees.
@@ -67,8 +68,10 @@ class Question:
   position_ids: np.ndarray  # int32 [3 P]
   pixel_values: np.ndarray  # float32 [patches, channels * 2 * patch ** 2]
   image_grid_thw: np.ndarray  # int32 [images, 3]
-  # What a frozen tower sees of them, [1 + K, visual tokens, D]: its tokens and
-  # DeepStack's K levels, in the order of a lane; None: it is not known yet.
+  # What a frozen tower sees of them, in the order of a lane: its tokens and
+  # DeepStack's K levels [1 + K, visual tokens, D], or, where the mergers are
+  # trained, what they merge [1 + K, visual tokens, patches of a token, E].
+  # None: it is not known yet.
   features: np.ndarray | None = None
   response_ids: np.ndarray | None = None  # int32 [C] through EOS; None: no SFT
 
@@ -99,6 +102,16 @@ class Vision:
   window_segments: Int[Array, "S L"] | None  # its attention window
   place_index: Int[Array, "S L 4"] | None  # the nearest learned positions
   place_weight: Float[Array, "S L 4"] | None  # and how near each is
+
+
+@record
+class Unmerged:
+  """What a vision tower's blocks see: B = merge**2 patches of each token."""
+
+  tokens: Float[Array, "S M B E"]
+  levels: (
+    Float[Array, "K S M B E"] | None
+  )  # DeepStack's; None: the family's none
 
 
 @record
@@ -154,7 +167,7 @@ class Tree:
   branch_ids: Int[Array, "R T"]  # 0 prompt, g = 1..G completion, -1 padding
   vision_index: Int[Array, "R T"]
   # Pictures, or what a frozen tower sees of them; None: a batch of text alone.
-  vision: Vision | Features | None
+  vision: Vision | Unmerged | Features | None
   predictors: Int[Array, "R T"]  # column whose hidden state predicts token n
   targets: Int[Array, "R T"]  # the id of token n
   counts: Int[Array, " R"]  # tokens n of the row

@@ -109,14 +109,16 @@ def assert_same_arrays(found, expected):
     assert a.tobytes() == b.tobytes() and a.shape == b.shape
 
 
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("known", [None, (2, 7, 4), (2, 7, 4, 3)])
 def test_a_batch_comes_back_from_a_file_bit_for_bit(batch, questions, known):
-  """Whether logprobs and features are known or not; of each question, too."""
+  """Whether logprobs and features are known or not, merged or not; of each
+  question, too.
+  """
   if known:
     random = np.random.default_rng(0)
     parts = batch.scores.parts | {"/my/file.py:score(a=1)": batch.advantages}
     seen = dataclasses.replace(
-      questions[0], features=random.normal(size=(2, 7, 4)).astype(jnp.bfloat16)
+      questions[0], features=random.normal(size=known).astype(jnp.bfloat16)
     )
     batch = dataclasses.replace(
       batch,

@@ -6,6 +6,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from jaxvlm import encoder as encoder_module
 from jaxvlm import learner as learner_module
@@ -13,6 +14,8 @@ from jaxvlm import step, watch
 from jaxvlm.encoder import Encoder
 from jaxvlm.filling import Known
 from jaxvlm.packing import Packed
+from tests.learners import RATE
+from tests.naive import assert_trees_close, gradients
 from tests.test_counters import experiences
 
 families = pytest.mark.parametrize(
@@ -34,6 +37,36 @@ def placed(params, place_params, mesh):
 def encoded(network, mesh, layout, placed, questions):
   encoder = Encoder(network=network, mesh=mesh, layout=layout)
   return encoder(placed, questions)
+
+
+@pytest.fixture(scope="module")
+def unmerged(network, mesh, layout, placed, questions):
+  """What the mergers of a frozen tower are given."""
+  encoder = Encoder(network=network, mesh=mesh, layout=layout)
+  return encoder(placed, questions, merge=False)
+
+
+@pytest.fixture(scope="module")
+def change(network, params, place_params, mesh):
+  """Weights with those of some part as a function says, on the mesh."""
+
+  def make(**functions):
+    flat = traverse_util.flatten_dict(params)
+    changed = {
+      path: functions.get(network.part_of(path), np.copy)(x)
+      for path, x in flat.items()
+    }
+    return place_params(traverse_util.unflatten_dict(changed), mesh)
+
+  return make
+
+
+def half(x):
+  return x / np.float32(2)
+
+
+def lost(x):
+  return np.full_like(x, np.nan)
 
 
 @pytest.fixture(scope="module")
@@ -93,21 +126,121 @@ def test_the_update_does_without_the_tower(
   assert flops(encoded) < 0.8 * flops(questions)
 
 
-def test_it_is_asked_where_tower_and_merger_are_frozen_alone(questions):
-  asked = []
-
-  def encoder(params, questions):
-    asked.append(params)
-    return ["encoded"]
+def test_it_is_asked_where_the_tower_is_frozen(questions):
+  def encoder(params, questions, *, merge):
+    return params, merge
 
   for freeze, expected in (
     ((), questions),
-    (("vision_tower",), questions),
-    (("merger", "vision_tower"), ["encoded"]),
+    (("merger",), questions),
+    (("vision_tower",), (7, False)),
+    (("merger", "vision_tower"), (7, True)),
   ):
     stage = types.SimpleNamespace(freeze=freeze)
     assert step.encode_frozen(stage, encoder, 7, questions) == expected
-  assert asked == [7]
+
+
+# -- mergers that are trained behind a frozen tower ----------------------------
+
+
+def test_each_token_has_the_patches_that_it_is_merged_of(unmerged, encoded):
+  for question, whole in zip(unmerged, encoded, strict=True):
+    assert question.features.shape == (*whole.features.shape[:2], 4, 32)
+
+
+@families
+def test_a_mesh_sees_the_same(
+  network, layout, questions, unmerged, params, place_params, make_mesh
+):
+  mesh = make_mesh(2, 2, 2)
+  encoder = Encoder(network=network, mesh=mesh, layout=layout)
+  found = encoder(place_params(params, mesh), questions, merge=False)
+  for own, expected in zip(found, unmerged, strict=True):
+    np.testing.assert_allclose(
+      own.features, expected.features, rtol=1e-5, atol=1e-4
+    )
+
+
+@families
+def test_completions_are_those_of_the_pictures_without_the_towers_weights(
+  unmerged, make_sampler, mesh, change, draws, rollout
+):
+  sampler = make_sampler(mesh)
+  weights = sampler.weights(change(vision_tower=lost))
+  again = sampler.sample(weights, unmerged, key=jax.random.key(0), draws=draws)
+  np.testing.assert_array_equal(again.completion_ids, rollout.completion_ids)
+
+
+@families
+def test_policy_and_reference_merge_each_by_their_own_weights(
+  unmerged, questions, make_packed, make_learner, mesh, change
+):
+  learner = make_learner(mesh, frozen=("vision_tower",))
+  expected = learner.logprobs(
+    [change(), change(merger=half)], make_packed(questions)
+  )
+  found = learner.logprobs(
+    [change(vision_tower=lost), change(vision_tower=lost, merger=half)],
+    make_packed(unmerged),
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+@families
+def test_loss_and_every_gradient_are_those_of_a_tower_that_is_asked_again(
+  network,
+  layout,
+  questions,
+  make_packed,
+  make_learner,
+  mesh,
+  change,
+  rollout,
+):
+  """Those of the mergers too, of which DeepStack has several."""
+  learner = make_learner(mesh, frozen=("vision_tower",))
+  # Attention that is less sharp leaves less rounding to tell.
+  calm = dict.fromkeys(("vision_tower", "merger", "decoder"), half)
+  encoder = Encoder(network=network, mesh=mesh, layout=layout)
+  unmerged = encoder(change(**calm), questions, merge=False)
+
+  def update(params, questions):
+    micro = experiences(make_packed(questions), rollout.completion_mask)
+    state, metrics = learner.update(learner.init(params), micro, RATE)
+    return gradients(state, metrics), jax.device_get(metrics["loss"])
+
+  expected, loss = update(change(**calm), questions)
+  found, other = update(change(**calm | {"vision_tower": lost}), unmerged)
+  np.testing.assert_allclose(other, loss, rtol=1e-5)
+  assert_trees_close(found, expected, 1e-5)
+  mergers = learner.program.by_part(found)["merger"]
+  assert all((x != 0).any() for x in mergers.values())
+
+
+@families
+def test_a_step_asks_the_tower_of_each_picture_once(
+  questions, placed, make_sampler, mesh, draws, monkeypatch
+):
+  """Whatever then asks for features: they are merged of what is known."""
+  asked = []
+  see = encoder_module.see
+
+  def count(network, params, vision):
+    asked.append(int((vision.full_segments >= 0).sum()))
+    return see(network, params, vision)
+
+  monkeypatch.setattr(encoder_module, "see", count)
+  stage = types.SimpleNamespace(freeze=("vision_tower",))
+  sampler = make_sampler(mesh)
+  again = [*questions, questions[0], questions[5]]
+  found = step.encode_frozen(stage, sampler.encoder, placed, again)
+  assert sum(asked) == sum(len(q.pixel_values) for q in questions)
+  calls = len(asked)
+  assert step.encode_frozen(stage, sampler.encoder, None, found) == found
+  merged = sampler.encoder(placed, found)
+  assert [q.features.ndim for q in merged] == [3] * len(again)
+  assert len(asked) == calls
 
 
 def test_pictures_share_lanes_and_calls(
@@ -122,8 +255,8 @@ def test_pictures_share_lanes_and_calls(
   monkeypatch.setattr(
     encoder,
     "_see",
-    lambda params, vision: (
-      shapes.append(vision.rows.shape) or see(params, vision)
+    lambda params, vision, merge: (
+      shapes.append(vision.rows.shape) or see(params, vision, merge)
     ),
   )
   found = encoder(placed, questions)

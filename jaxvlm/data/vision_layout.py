@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxvlm.types import Features, Question, Vision
+from jaxvlm.types import Features, Question, Unmerged, Vision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ def pack_vision(
   layout: Layout,
   patches: int | None = None,
   like: Question | None = None,
-) -> Vision | Features | None:
+) -> Vision | Unmerged | Features | None:
   """One lane of patches for each slice of questions.
 
   Args:
@@ -317,10 +317,10 @@ def pack_vision(
 
 def _pack_features(
   slices: Sequence[Sequence[Question]], tokens: int, like: np.ndarray
-) -> Features:
-  """Lanes of visual tokens that are known already."""
-  levels, _, size = like.shape
-  lanes = np.zeros((levels, len(slices), tokens, size), like.dtype)
+) -> Unmerged | Features:
+  """Lanes of visual tokens that are known already, merged or not."""
+  levels, _, *size = like.shape
+  lanes = np.zeros((levels, len(slices), tokens, *size), like.dtype)
   for s, part in enumerate(slices):
     at = 0
     for question in part:
@@ -328,4 +328,5 @@ def _pack_features(
       count = question.features.shape[1]
       lanes[:, s, at : at + count] = question.features
       at += count
-  return Features(tokens=lanes[0], levels=lanes[1:] if len(lanes) > 1 else None)
+  kind = Features if len(size) == 1 else Unmerged
+  return kind(tokens=lanes[0], levels=lanes[1:] if len(lanes) > 1 else None)

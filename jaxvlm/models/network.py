@@ -5,7 +5,7 @@ import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,9 @@ from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.nn.layers import HOST_MEMORY
 from jaxvlm.nn.rope import Turns
 from jaxvlm.sharding import constrain
-from jaxvlm.types import Features, Params, Vision
+from jaxvlm.types import Features, Params, Unmerged, Vision
+
+Seen = TypeVar("Seen", Unmerged, Features)
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 REMAT = ("none", "dots", "offload", "full")
@@ -183,22 +185,27 @@ class Network:
 
   # -- training and prefill --------------------------------------------------
 
-  def encode(self, params: Params, vision: Vision | Features) -> Features:
+  def see(self, params: Params, vision: Vision) -> Unmerged:
+    """What the vision tower gives its mergers; padding means nothing."""
+    tower = _merge(self.skeleton.visual, params["visual"])
+    seen = tower.see(
+      vision, dtype=self.dtype, remat=self.remat, attend=self._attend
+    )
+    return _in_lanes(seen)
+
+  def encode(
+    self, params: Params, vision: Vision | Unmerged | Features
+  ) -> Features:
     """What the vision tower sees in every lane; padding means nothing.
 
-    Features are given back as they are.
+    What was seen before is merged alone, and features are given back as they
+    are.
     """
     if isinstance(vision, Features):
       return vision
+    seen = self.see(params, vision) if isinstance(vision, Vision) else vision
     tower = _merge(self.skeleton.visual, params["visual"])
-    seen = tower(
-      vision, dtype=self.dtype, remat=self.remat, attend=self._attend
-    )
-    levels = seen.levels
-    if levels is not None:
-      levels = constrain(levels, None, "lane", None, None)
-    tokens = constrain(seen.tokens, "lane", None, None)
-    return Features(tokens=tokens, levels=levels)
+    return _in_lanes(tower.merge(seen, remat=self.remat))
 
   def embed(
     self,
@@ -386,6 +393,15 @@ class Network:
   @property
   def _num_layers(self) -> int:
     return self.config.text_config.num_hidden_layers
+
+
+def _in_lanes(seen: Seen) -> Seen:
+  """Lanes are split over the mesh, and nothing else is."""
+  axes = "lane", *(seen.tokens.ndim - 1) * (None,)
+  levels = seen.levels
+  if levels is not None:
+    levels = constrain(levels, None, *axes)
+  return type(seen)(tokens=constrain(seen.tokens, *axes), levels=levels)
 
 
 def _merge(skeleton: nnx.Module, params: Params) -> Any:

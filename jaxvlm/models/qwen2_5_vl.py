@@ -15,7 +15,7 @@ from jaxvlm.nn import rope, vision
 from jaxvlm.nn.block_attention import BLOCK, WIDE, of_segments
 from jaxvlm.nn.layers import GatedMLP, RMSNorm, scan, stack
 from jaxvlm.sharding import constrain
-from jaxvlm.types import Features, Vision
+from jaxvlm.types import Features, Unmerged, Vision
 
 # Names of tensors: of HF's modules where ours differ, and of the hub's files
 # where they differ from HF's modules.
@@ -177,14 +177,15 @@ class VisionTower(nnx.Module):
       rngs=rngs,
     )
 
-  def __call__(
+  def see(
     self,
     inputs: Vision,
     *,
     dtype: Any,
     remat: str,
     attend: Callable[..., jax.Array],  # as block_attention's
-  ) -> Features:
+  ) -> Unmerged:
+    """All but the merger."""
     config = self.config
     assert inputs.window_segments is not None  # its Layout has windows
     whole, windows = (
@@ -213,7 +214,17 @@ class VisionTower(nnx.Module):
 
     x = self.patch_embed(jnp.asarray(inputs.pixel_values, dtype))
     x, _ = scan(self.blocks, call, x, jnp.asarray(full), remat=remat)
-    return Features(tokens=self.merger(x), levels=None)
+    tokens = vision.by_token(x, config.spatial_merge_size)
+    return Unmerged(tokens=tokens, levels=None)
+
+  def merge(
+    self,
+    seen: Unmerged,
+    *,
+    remat: str,  # for towers of several mergers
+  ) -> Features:
+    """What `see` gave, merged."""
+    return Features(tokens=self.merger(seen.tokens), levels=None)
 
 
 class Model(base.Model):

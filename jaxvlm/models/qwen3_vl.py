@@ -16,7 +16,7 @@ from jaxvlm.nn import rope, vision
 from jaxvlm.nn.block_attention import WIDE, of_segments
 from jaxvlm.nn.layers import MLP, Embed, LayerNorm, scan, stack
 from jaxvlm.sharding import constrain
-from jaxvlm.types import Features, Vision
+from jaxvlm.types import Features, Unmerged, Vision
 
 # As in qwen2_5_vl.py.
 BOX_SIDE = 1000
@@ -188,14 +188,15 @@ class VisionTower(nnx.Module):
         rngs=rngs,
       )
 
-  def __call__(
+  def see(
     self,
     inputs: Vision,
     *,
     dtype: Any,
     remat: str,
     attend: Callable[..., jax.Array],  # as block_attention's
-  ) -> Features:
+  ) -> Unmerged:
+    """All but the mergers."""
     config = self.config
     angles = rope.vision_angles(
       jnp.asarray(inputs.rows),
@@ -229,10 +230,18 @@ class VisionTower(nnx.Module):
     (x, tapped), _ = scan(
       self.blocks, call, (x, tapped), jnp.asarray(slots), remat=remat
     )
-    if not taps:
-      return Features(tokens=self.merger(x), levels=None)
-    levels = _merge_levels(self.deepstack_merger_list, tapped, remat=remat)
-    return Features(tokens=self.merger(x), levels=levels)
+    size = config.spatial_merge_size
+    return Unmerged(
+      tokens=vision.by_token(x, size),
+      levels=vision.by_token(tapped, size) if taps else None,
+    )
+
+  def merge(self, seen: Unmerged, *, remat: str) -> Features:
+    """What `see` gave, merged."""
+    levels = seen.levels
+    if levels is not None:
+      levels = _merge_levels(self.deepstack_merger_list, levels, remat=remat)
+    return Features(tokens=self.merger(seen.tokens), levels=levels)
 
   def _places(self, inputs: Vision) -> Float[Array, "S L E"]:
     """Learned positions, interpolated from the table's four nearest places."""
@@ -251,7 +260,7 @@ def _put(tapped: jax.Array, x: jax.Array, slot: jax.Array) -> jax.Array:
 
 def _merge_levels(
   mergers: vision.PatchMerger,
-  tapped: Float[Array, "K S L E"],
+  tapped: Float[Array, "K S M B E"],
   *,
   remat: str,
 ) -> Float[Array, "K S M D"]:

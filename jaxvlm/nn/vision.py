@@ -135,6 +135,11 @@ class VisionBlock(nnx.Module):
     return x + self.mlp(self.norm2(x))
 
 
+def by_token(x: Float[Array, "*K S L E"], size: int) -> jax.Array:
+  """[*K S L E] -> [*K S M B E], the B = size**2 patches of each token."""
+  return rearrange(x, "... (M B) E -> ... M B E", B=size**2)
+
+
 class PatchMerger(MLP):
   """Four neighbouring patches -> one token.
 
@@ -167,14 +172,13 @@ class PatchMerger(MLP):
       dtype=dtype,
       rngs=rngs,
     )
-    self.patches = patches
     self.norm = norm
     self.norm_after = norm_after
 
-  def __call__(self, x: Float[Array, "S L E"]) -> Float[Array, "S M D"]:
+  def __call__(self, x: Float[Array, "S M B E"]) -> Float[Array, "S M D"]:
     if not self.norm_after:
       x = self.norm(x)
-    x = rearrange(x, "S (M R) E -> S M (R E)", R=self.patches)
+    x = rearrange(x, "S M B E -> S M (B E)")
     if self.norm_after:
       x = self.norm(x)
     return super().__call__(x)

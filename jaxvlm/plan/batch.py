@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from jaxvlm import sharding
 from jaxvlm.data.vision_layout import Layout, mrope_positions
 from jaxvlm.models import Network
-from jaxvlm.types import Example, Question
+from jaxvlm.types import Example, Question, Unmerged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,13 +79,16 @@ def _question(tokens: int, visual: int, layout: Layout) -> Question:
   )
 
 
-def seen(question: Question, network: Network, layout: Layout) -> Question:
-  """The question with what the tower saw of it, one number a token."""
+def seen(
+  question: Question, network: Network, layout: Layout, *, merged: bool = True
+) -> Question:
+  """The question with what the tower saw of it: one number of each vector."""
   tokens = len(question.pixel_values) // layout.patches_per_token
   tower = network.config.vision_config
   levels = len(getattr(tower, "deepstack_visual_indexes", ()))
+  shape = (1,) if merged else (layout.patches_per_token, 1)
   features = np.broadcast_to(
-    np.zeros((), jnp.dtype(network.dtype)), (1 + levels, tokens, 1)
+    np.zeros((), jnp.dtype(network.dtype)), (1 + levels, tokens, *shape)
   )
   return dataclasses.replace(question, features=features)
 
@@ -93,8 +96,10 @@ def seen(question: Question, network: Network, layout: Layout) -> Question:
 def widen(vision: Any, network: Network) -> Any:
   """Shapes of lanes with all numbers of a patch or token, for one of each."""
   tower = network.config.vision_config
+  unmerged = isinstance(vision, Unmerged)
+  size = tower.hidden_size if unmerged else tower.out_hidden_size
   sizes = {"pixel_values": math.prod(tower.patch_shape)}
-  sizes |= dict.fromkeys(("tokens", "levels"), tower.out_hidden_size)
+  sizes |= dict.fromkeys(("tokens", "levels"), size)
 
   def one(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     wide = sizes.get(path[-1].name)

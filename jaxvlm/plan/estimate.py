@@ -122,10 +122,12 @@ def calls(run: Run, weights: float) -> Mapping[str, float]:
   more = -(-(each - at_once) // fresh)
   patches = each * lengths.visual * run.layout.patches_per_token
   lane = max(lengths.most_visual * run.layout.patches_per_token, 1)
+  lanes = max(-(-patches // (4 * lane)), 1)
   return found | {
     "decode weights: around": 1,
     "decode weights": run.network.config.text_config.num_hidden_layers,
-    "tower": max(-(-patches // (4 * lane)), 1),
+    "tower": lanes,
+    "merger": lanes,
     "prefill": 1,
     "decode": tokens,
     "admit: prefill": more,
@@ -230,6 +232,8 @@ def attention_flops(run: Run) -> Mapping[str, float]:
   full = len(getattr(tower, "fullatt_block_indexes", range(tower.depth)))
   pictures = len(asked) / plan.groups.shape[0] / run.shards
   seen = patches**2 * full * tower.hidden_size * pictures
+  if "vision_tower" in run.stage.freeze:
+    seen = 0.0  # what it sees is known before
   again = run.network.remat == "full"
   return {
     "prefill": FORWARD * read,

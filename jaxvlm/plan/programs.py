@@ -45,6 +45,12 @@ class Run:
     return sharding.data_shards(self.mesh)
 
   @property
+  def merges_alone(self) -> bool:
+    """Whether the stage trains the mergers of a tower that it does not."""
+    frozen = self.stage.freeze
+    return "vision_tower" in frozen and "merger" not in frozen
+
+  @property
   def layout(self) -> Layout:
     return Layout.from_config(self.network.config.to_hf())
 
@@ -118,16 +124,24 @@ def _rollout(
   beside["decode weights"] = decode_weights
   if longest := max(len(q.pixel_values) for q in asked):
     lane, together = station.encoder.shape(longest, each)
-    lanes = pack_vision([asked[:1]], layout=run.layout, patches=lane)
-    vision = batch.whole(mesh, {"vision": lanes}, shards * together)["vision"]
-    compile(
-      f"{prefix}tower",
-      encoder.encode,
-      network,
-      weights,
-      batch.widen(vision, network),
-      beside=beside,
-    )
+
+    def look(name: str, call: Any, shown: Question) -> None:
+      lanes = pack_vision([[shown]], layout=run.layout, patches=lane)
+      vision = batch.whole(mesh, {"vision": lanes}, shards * together)["vision"]
+      compile(
+        f"{prefix}{name}",
+        call,
+        network,
+        weights,
+        batch.widen(vision, network),
+        beside=beside,
+      )
+
+    if run.merges_alone and not prefix:
+      look("tower", encoder.see, asked[0])
+      look("merger", encoder.encode, _known(run, asked)[0])
+    else:
+      look("tower", encoder.encode, asked[0])
   program = slots.Program(
     network=network, draws=draws, eos_ids=(0,), pad_id=0, shards=shards
   )
@@ -296,7 +310,7 @@ def microbatches(run: Run) -> tuple[packing.Plan, Any, Any]:
   """How an update's groups are packed, the groups and their masks."""
   stage = run.stage
   count = stage.update_questions // stage.updates_per_rollout
-  asked = batch.questions(count, run.lengths, run.layout)
+  asked = _known(run, batch.questions(count, run.lengths, run.layout))
   mask = batch.masks(
     count, stage.num_completions, run.lengths, stage.microbatch_tokens
   )
@@ -309,6 +323,14 @@ def microbatches(run: Run) -> tuple[packing.Plan, Any, Any]:
     largest=max(len(q.pixel_values) for q in asked),
   )
   return found, asked, mask
+
+
+def _known(run: Run, asked: list[Question]) -> list[Question]:
+  """The questions with what a frozen tower has seen of them before."""
+  if "vision_tower" not in run.stage.freeze:
+    return asked
+  merged = not run.merges_alone
+  return [batch.seen(q, run.network, run.layout, merged=merged) for q in asked]
 
 
 def _update(

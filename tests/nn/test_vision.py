@@ -131,10 +131,15 @@ MERGERS = {
 }
 
 
+def merge(merger, x):
+  """Patches [L E] -> tokens [M D]."""
+  return merger(vision.by_token(x[None], 2))[0]
+
+
 @pytest.mark.parametrize("kind", MERGERS)
 def test_merger_equals_transformers(kind, x):
   ours, theirs = MERGERS[kind]()
-  assert_close(ours(x[None])[0], theirs(torch.tensor(x)))
+  assert_close(merge(ours, x), theirs(torch.tensor(x)))
 
 
 @pytest.mark.parametrize("kind", MERGERS)
@@ -142,7 +147,7 @@ def test_epsilon_is_that_of_transformers(kind, x):
   """It shows where the variance is as small."""
   ours, theirs = MERGERS[kind]()
   small = np.float32(1e-3) * x
-  assert_close(ours(small[None])[0], theirs(torch.tensor(small)))
+  assert_close(merge(ours, small), theirs(torch.tensor(small)))
 
 
 @pytest.mark.parametrize("kind", MERGERS)
@@ -150,7 +155,7 @@ def test_the_merger_without_the_exact_gelu_is_off(kind, x):
   ours, theirs = MERGERS[kind]()
   ours.act = jax.nn.gelu  # the tanh form
   with pytest.raises(AssertionError):
-    assert_close(ours(x[None])[0], theirs(torch.tensor(x)))
+    assert_close(merge(ours, x), theirs(torch.tensor(x)))
 
 
 def test_a_deepstack_merger_that_norms_each_patch_is_off(x):
@@ -164,7 +169,7 @@ def test_a_deepstack_merger_that_norms_each_patch_is_off(x):
     return patches.reshape(x.shape) * weight[None, None] + bias[None, None]
 
   ours.norm = each
-  got = ours(x[None] * np.repeat([1, 2, 4, 8], 6)[None, :, None])[0]
+  got = merge(ours, x * np.repeat([1, 2, 4, 8], 6)[:, None])
   ours.norm = make_norm["qwen3_vl"](4 * SIZE)
   with pytest.raises(AssertionError):
     assert_close(got, theirs(torch.tensor(x)))

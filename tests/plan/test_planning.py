@@ -1,5 +1,6 @@
 """What a plan refuses, and what it compiles once."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxvlm import sharding
-from jaxvlm.plan import compiler, planning
+from jaxvlm.plan import compiler, planning, programs
 from tests.plans import STAGE, config, make_run
 
 
@@ -34,6 +35,43 @@ def test_a_stage_that_is_not_there_is_named():
     ValueError, match=r"no 'dreaming'; there are .*perception"
   ):
     make_run(config(), stage="dreaming")
+
+
+@pytest.mark.parametrize(
+  ("freeze", "names", "seen"),
+  [
+    ((), ["tower"], "Vision"),
+    (("merger",), ["tower"], "Vision"),
+    (("vision_tower",), ["tower", "merger"], "Unmerged"),
+    (("vision_tower", "merger"), ["tower"], "Features"),
+  ],
+)
+def test_a_plan_updates_from_what_a_frozen_tower_has_seen(freeze, names, seen):
+  fields = config()
+  fields["stages"][STAGE]["freeze"] = freeze
+  run = make_run(fields)
+  run = dataclasses.replace(
+    run, evaluation=run.stage.make_draws(), evaluation_questions=64
+  )
+  found = {}
+
+  def compile(name, call, *arguments, **_):
+    found[name] = arguments
+    return call.eval_shape(*arguments)
+
+  with sharding.use(run.mesh):
+    programs.compile_run(run, compile)
+  for prefix, expected in (("", names), ("evaluation: ", ["tower"])):
+    towers = [f"{prefix}{name}" for name in ("tower", "merger")]
+    own = [name for name in towers if name in found]
+    assert own == [f"{prefix}{name}" for name in expected]
+  vision = found["gradient"][-1].tree.vision
+  assert type(vision).__name__ == seen
+  tower = run.network.config.vision_config
+  if seen == "Unmerged":
+    assert vision.tokens.shape[2:] == (4, tower.hidden_size)
+    (merged,) = found["merger"][2:]
+    assert type(merged) is type(vision)
 
 
 def test_a_program_that_is_known_is_not_compiled_again():
