@@ -316,6 +316,16 @@ def hold_schedule(
   return tuple(held)
 
 
+def base_sees_otherwise(schedule: Sequence[Stage], stage: Stage) -> bool:
+  """Whether what the stage has frozen of tower and merger is not the base's.
+
+  A stage before it may have trained that.
+  """
+  seen = {"vision_tower", "merger"} & set(stage.freeze)
+  before = schedule[: [s.name for s in schedule].index(stage.name)]
+  return any(not seen <= set(s.freeze) for s in before)
+
+
 @dataclasses.dataclass(kw_only=True)
 class Ledger:
   """What a stage has cost; equal budgets of two arms are equal ledgers."""

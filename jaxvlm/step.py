@@ -1,5 +1,6 @@
 """What the lines of the loop do: roll out, score, learn."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxvlm import sharding, watch
+from jaxvlm import sharding, stages, watch
 from jaxvlm.batch import Batch, best_first, join, membership, named
 from jaxvlm.encoder import Encoder
 from jaxvlm.evaluate import decode_rollout
@@ -111,17 +112,29 @@ def policy_logprobs(
 
   None where nothing asks for them: those of the policy, where a rollout feeds
   one update, which finds the same itself; the reference's, without a KL term.
+  A reference whose tower is not the policy's looks at the pictures itself.
   """
+
+  def score(
+    policies: Sequence[Params], questions: Sequence[Question]
+  ) -> list[np.ndarray]:
+    if not policies:
+      return []
+    ids, mask = rollout.completion_ids, rollout.completion_mask
+    return learner.logprobs(policies, in_rows(job, stage, questions, ids, mask))
+
   policies = [params] if stage.asks_old_logprobs else []
-  policies += [] if reference is None else [reference]
-  if not policies:
-    return None, None
-  packed = in_rows(
-    job, stage, questions, rollout.completion_ids, rollout.completion_mask
+  others = [] if reference is None else [reference]
+  own_sight = stage.reference == "base" and stages.base_sees_otherwise(
+    job.schedule, stage
   )
-  found = learner.logprobs(policies, packed)
-  old = found[0] if stage.asks_old_logprobs else None
-  return old, None if reference is None else found[-1]
+  if others and own_sight:
+    unseen = [dataclasses.replace(q, features=None) for q in questions]
+    found = score(policies, questions) + score(others, unseen)
+  else:
+    found = score(policies + others, questions)
+  old = found[0] if policies else None
+  return old, found[-1] if others else None
 
 
 def in_rows(

@@ -32,6 +32,7 @@ def stage_fixture():
     rewards=(("exact", 1.0),),
     kl_coef=0.0,
     kl_target="loss",
+    reference="stage_start",
     kl_estimator="k1",
     kl_limit=20.0,
     update_questions=8,

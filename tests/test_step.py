@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxvlm import step
+from jaxvlm.types import Vision
 from tests.steps import (  # noqa: F401
   FAILED,
   REWARDS,
@@ -204,6 +205,40 @@ def test_logprobs_are_of_the_policy_that_sampled_and_of_the_reference(
     np.testing.assert_array_equal(old, 10 + expected)
   else:
     assert old is None
+
+
+@pytest.mark.parametrize(
+  ("before", "reference", "sees"),
+  [
+    ((), "base", True),
+    (("vision_tower",), "base", False),
+    ((), "stage_start", False),
+  ],
+)
+def test_a_base_reference_looks_itself_where_the_tower_was_trained_before(
+  job, stage, learner, questions, completions, before, reference, sees
+):
+  stage.name, stage.freeze = "second", ("vision_tower",)
+  stage.asks_old_logprobs, stage.reference = True, reference
+  first = types.SimpleNamespace(name="first", freeze=before)
+  job.schedule = (first, stage)
+  known = [
+    dataclasses.replace(
+      q, features=np.zeros((1, len(q.pixel_values) // 4, 4, 8), np.float32)
+    )
+    for q in questions
+  ]
+
+  def score(params, tree):
+    looks = isinstance(tree.vision, Vision)
+    return jnp.full(tree.slots.shape, params + 100.0 * looks)
+
+  learner.score = score
+  old, ref = step.policy_logprobs(
+    job, stage, learner, 10.0, 3.0, known, completions
+  )
+  assert np.unique(old) == [10]
+  assert np.unique(ref) == [3 + 100 * sees]
 
 
 def test_logprobs_that_nobody_asks_for_cost_no_pass(
