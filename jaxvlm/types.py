@@ -109,9 +109,7 @@ class Unmerged:
   """What a vision tower's blocks see: B = merge**2 patches of each token."""
 
   tokens: Float[Array, "S M B E"]
-  levels: (
-    Float[Array, "K S M B E"] | None
-  )  # DeepStack's; None: the family's none
+  levels: Float[Array, "K S M B E"] | None  # DeepStack's; None: it has none
 
 
 @record
