@@ -1,8 +1,9 @@
 """Host side of the update: groups of completions become packed-tree rows."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +45,7 @@ class Packed:
     mesh: Mesh,
     layout: Layout,
     largest: int = 0,
+    patch_cost: float = 0.0,
   ):
     """Plans the rows.
 
@@ -55,6 +57,7 @@ class Packed:
       mesh: where the rows go.
       layout: how the model lays out pictures.
       largest: patches of the question with most in all data; 0: not known.
+      patch_cost: as in `plan`.
     """
     self._groups = questions, completion_ids, completion_mask
     self._mesh, self._layout = mesh, layout
@@ -65,6 +68,7 @@ class Packed:
       shards=sharding.host_shards(mesh),
       layout=layout,
       largest=largest,
+      patch_cost=patch_cost,
     )
 
   def __len__(self) -> int:
@@ -117,6 +121,11 @@ class Plan:
     """The questions of whose pictures the lane of such a row is made."""
     return list(dict.fromkeys(self.pictures[row].tolist()))
 
+  def cost(self, patch: float) -> float:
+    """Columns of all rows, a patch counting as so many; alike on all hosts."""
+    rows = self.groups.shape[0] * self.groups.shape[1]
+    return rows * (self.columns + patch * self.patches)
+
   @property
   def padding(self) -> dict[str, tuple[float, float]]:
     """Columns and patches that mean nothing, and all, by name."""
@@ -136,14 +145,14 @@ def plan(
   shards: int,
   layout: Layout,
   largest: int = 0,
+  patch_cost: float = 0.0,
 ) -> Plan:
   """Rows of equal shape that hold all groups with little padding.
 
   Sizes are the same on all hosts, and few: a row's width follows `tokens` and
-  what must stand in one row, unless one row holds everything. That is a group,
-  and all groups that show the same pictures, so that those are encoded once:
-  as many of them as `tokens` allow. Where a frozen tower has seen the pictures
-  rows do not grow for them.
+  the longest group alone, unless one row holds everything. Groups that show the
+  same pictures stand in one row, which has them once, as many as it holds; rows
+  are wider, up to `tokens`, where this spares more encoding than it costs.
 
   Args:
     questions: Q prepared questions of this host.
@@ -153,18 +162,64 @@ def plan(
     shards: data shards of this host; a microbatch has as many rows of each.
     layout: how the model lays out pictures.
     largest: patches of the question with most in all data; 0: not known.
+    patch_cost: columns that cost as much as encoding a patch; 0: nothing is
+      encoded, or rows are not to grow for it.
   """
   lengths = completion_mask.sum((-2, -1))
   lengths = lengths + [len(q.prompt_ids) for q in questions]
-  patches = np.array([len(q.pixel_values) for q in questions])
   longest = int(sharding.agree_max(lengths.max()))
   width = capacity(max(longest, min(tokens, _ROW)), 32)
-  limit = width if questions[0].features is not None else max(tokens, width)
   pictures = alike(questions)
+
+  def rows(limit: int) -> Plan:
+    return _rows(
+      questions,
+      lengths,
+      pictures,
+      width=width,
+      limit=limit,
+      tokens=tokens,
+      shards=shards,
+      lane=functools.partial(_lane, largest=largest, layout=layout),
+    )
+
+  plans = [rows(width)]
+  if patch_cost and questions[0].features is None:
+    shares = len(set(pictures.tolist())) < len(questions)
+    if int(sharding.agree_max(shares)) and tokens > width:
+      plans.append(rows(tokens))
+  return min(plans, key=lambda found: found.cost(patch_cost))
+
+
+def _rows(
+  questions: Sequence[Question],
+  lengths: Int[np.ndarray, " Q"],
+  pictures: Int[np.ndarray, " Q"],
+  *,
+  width: int,
+  limit: int,
+  tokens: int,
+  shards: int,
+  lane: Callable[[int], int],
+) -> Plan:
+  """Rows of this width, or more where groups of the same pictures want it.
+
+  Args:
+    questions: Q of them.
+    lengths: columns of their groups.
+    pictures: the question whose pictures each shows.
+    width: of a row, at least.
+    limit: columns that groups of the same pictures take in one row, at most.
+    tokens: as in `plan`.
+    shards: as in `plan`.
+    lane: patches of the lane that holds so many.
+  """
+  patches = np.array([len(q.pixel_values) for q in questions])
   items = _side_by_side(pictures, lengths, limit)
   sizes = np.array([lengths[item].sum() for item in items])
   widest = int(sharding.agree_max(sizes.max()))
-  width = max(width, min(capacity(widest), limit))
+  while width < widest:  # each width is another program
+    width = min(2 * width, limit)
   rows, together, fullest = filling.fill(
     sizes,
     np.array([patches[item[0]] for item in items]),
@@ -178,7 +233,7 @@ def plan(
     width = min(2 ** math.ceil(math.log2(fullest)), width)
   shown = [int(patches[np.unique(pictures[row])].sum()) for row in rows]
   most = [max(len(row) for row in rows), max(shown)]
-  places, lane = (int(size) for size in sharding.agree_max(most))
+  places, most_patches = (int(size) for size in sharding.agree_max(most))
   # Each size is another program: few, where they cost as little as these.
   room = 4 ** math.ceil(math.log(places, 4))
   groups = np.full((len(rows), room), -1, np.int32)
@@ -188,7 +243,7 @@ def plan(
     groups=groups.reshape(-1, together, room),
     pictures=pictures,
     columns=width,
-    patches=_lane(lane, largest, layout),
+    patches=lane(most_patches),
     used_columns=int(lengths.sum()),
     used_patches=sum(shown),
   )

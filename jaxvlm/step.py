@@ -145,6 +145,7 @@ def in_rows(
   completion_mask: np.ndarray,
 ) -> Packed:
   """Groups of this host in packed rows, as many at once as the stage says."""
+  decoder, tower = job.matrix_sizes
   return Packed(
     questions,
     completion_ids,
@@ -153,6 +154,7 @@ def in_rows(
     mesh=job.mesh,
     layout=job.processor.layout,
     largest=job.known.patches,
+    patch_cost=tower / decoder,
   )
 
 

@@ -114,6 +114,7 @@ def compare(naive, learner, calm, start, mesh, layout):
       tokens=tokens,
       mesh=mesh,
       layout=layout,
+      patch_cost=100.0,
     )
     packed.plan = widened(packed.plan)
     state = jax.tree.map(jnp.copy, start)
