@@ -51,22 +51,10 @@ class Batch:
 
 
 def join(batches: Sequence[Batch]) -> Batch:
-  """One batch of all questions, in their order; without the messages.
-
-  Where a frozen tower has seen some of them, text of a batch of text alone has
-  features too, which are empty.
-  """
+  """One batch of all questions, in their order; without the messages."""
   if len(batches) == 1:
     return batches[0]
   questions = [question for batch in batches for question in batch.questions]
-  seen = [q.features for q in questions if q.features is not None]
-  if seen:
-    questions = [
-      q
-      if q.features is not None
-      else dataclasses.replace(q, features=seen[0][:, :0])
-      for q in questions
-    ]
   return _rebuilt(
     questions,
     jax.tree.map(

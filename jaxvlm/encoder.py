@@ -5,6 +5,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
@@ -73,8 +74,8 @@ class Encoder:
   ) -> list[Question]:
     """The questions of this host with their features; text's are empty.
 
-    A batch of text alone stays as it is, and so does one that has them. What
-    several questions show is encoded once.
+    A batch that has them stays as it is, and one of text alone asks no tower.
+    What several questions show is encoded once.
 
     Args:
       params: the tree.
@@ -85,8 +86,11 @@ class Encoder:
     sizes = np.array([len(q.pixel_values) for q in questions])
     longest = int(sharding.agree_max(sizes.max()))
     known = questions[0].features
-    if not longest or (known is not None and (known.ndim == 3 or not merge)):
+    if known is not None and (known.ndim == 3 or not merge or not longest):
       return list(questions)
+    if not longest:
+      nothing = self._nothing(merge)
+      return [dataclasses.replace(q, features=nothing) for q in questions]
     first = alike(questions)
     sizes[first != np.arange(len(questions))] = 0
     lane, most = self.shape(longest, len(questions))
@@ -139,6 +143,14 @@ class Encoder:
     # One shape for batches of so many questions, however many are of text.
     each = -(-questions // self._shards)
     return lane, min(capacity(-(-each // _CALLS)), _most(lane))
+
+  def _nothing(self, merge: bool) -> np.ndarray:
+    """Features of text, [1+K 0 D] or [1+K 0 B E]."""
+    tower = self._network.config.vision_config
+    levels = len(getattr(tower, "deepstack_visual_indexes", ()))
+    each = (self._layout.patches_per_token, tower.hidden_size)
+    shape = (tower.out_hidden_size,) if merge else each
+    return np.zeros((1 + levels, 0, *shape), jnp.dtype(self._network.dtype))
 
   def _see(
     self, params: Params, vision: Vision | Unmerged, merge: bool

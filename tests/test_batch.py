@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jaxvlm.batch import best_first, from_npz, join, to_npz
-from jaxvlm.data.vision_layout import pack_vision
 from tests.steps import (  # noqa: F401
   FAILED,
   REWARDS,
@@ -74,26 +73,6 @@ def test_joined_batches_are_those_that_were_taken_apart(batch):
     joined.rollout.completion_ids, batch.rollout.completion_ids
   )
   assert joined.old_logprobs is None
-
-
-def test_text_alone_joins_what_a_frozen_tower_has_seen(
-  batch, questions, layout
-):
-  text, shown = batch.take(np.arange(3)), batch.take(np.arange(3, 8))
-  pixels = np.zeros((layout.patches_per_token, 12), np.float32)
-  shown = dataclasses.replace(
-    shown,
-    questions=[
-      dataclasses.replace(
-        q, pixel_values=pixels, features=np.full((2, 1, 6), q.question_id)
-      )
-      for q in shown.questions
-    ],
-  )
-  joined = join([text, shown])
-  assert [q.features.shape[1] for q in joined.questions] == 3 * [0] + 5 * [1]
-  lanes = pack_vision([joined.questions], layout=layout)
-  assert lanes.tokens[0, :5, 0].tolist() == [103, 104, 105, 106, 107]
 
 
 def test_a_batch_is_frozen(batch):

@@ -11,6 +11,7 @@ from flax import traverse_util
 from jaxvlm import encoder as encoder_module
 from jaxvlm import learner as learner_module
 from jaxvlm import step, watch
+from jaxvlm.data.vision_layout import pack_vision
 from jaxvlm.encoder import Encoder
 from jaxvlm.filling import Known
 from jaxvlm.packing import Packed
@@ -319,7 +320,25 @@ def test_pictures_of_several_questions_are_encoded_once(
 def test_text_alone_needs_no_tower(network, mesh, layout, questions):
   text = [questions[2], questions[6]]
   encoder = Encoder(network=network, mesh=mesh, layout=layout)
-  assert encoder(None, text) == text
+  for merge in (True, False):
+    found = encoder(None, text, merge=merge)
+    assert encoder(None, found, merge=merge) == found
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_text_alone_joins_what_a_tower_has_seen(
+  network, mesh, layout, questions, placed, merge
+):
+  """Whichever of them comes first, and on a host that has no such batch."""
+  encoder = Encoder(network=network, mesh=mesh, layout=layout)
+  text = encoder(placed, [questions[2], questions[6]], merge=merge)
+  shown = encoder(placed, questions[:2], merge=merge)
+  assert text[0].features.shape[1] == 0 < shown[0].features.shape[1]
+  for joined in (text + shown, shown + text):
+    lanes = pack_vision([joined], layout=layout)
+    alone = pack_vision([shown], layout=layout)
+    jax.tree.map(np.testing.assert_array_equal, lanes, alone)
+  assert pack_vision([text], layout=layout) is None
 
 
 def test_pictures_that_are_exchanged_take_their_features_along(encoded):

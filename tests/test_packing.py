@@ -272,9 +272,7 @@ def test_rows_do_not_grow_where_nothing_is_encoded_twice(
   if encoded:
     features = np.zeros((1, 4, 8), np.float32)
     own = [dataclasses.replace(q, features=features) for q in own]
-  found = plan(
-    own, mask, tokens=4096, shards=1, layout=layout, patch_cost=1e6
-  )
+  found = plan(own, mask, tokens=4096, shards=1, layout=layout, patch_cost=1e6)
   assert found.columns == 512
   assert found.groups.shape[:2] == (1, 6)
 
@@ -314,9 +312,7 @@ def test_rows_of_shared_pictures_have_few_widths(questions, layout):
     longest = random.integers(20, 300)
     drawn = [(int(random.integers(1, longest)), i // 8) for i in range(32)]
     own, mask = asked(questions, drawn)
-    one = plan(
-      own, mask, tokens=4096, shards=1, layout=layout, patch_cost=1e6
-    )
+    one = plan(own, mask, tokens=4096, shards=1, layout=layout, patch_cost=1e6)
     if one.groups.shape[0] * one.groups.shape[1] > 1:
       found.add(one.columns)
   assert {512, 2048} <= found <= {512, 1024, 2048, 4096}
