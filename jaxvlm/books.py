@@ -32,6 +32,8 @@ from jaxvlm.rollout.sampler import Sampler
 from jaxvlm.stages import Stage
 from jaxvlm.types import Params
 
+_LAST_WORDS = 10.0  # seconds
+
 
 class Stopped(RuntimeError):
   """The run cannot go on, for a limit or a file; what it saved is whole."""
@@ -199,6 +201,19 @@ class Books:
 
     self._writing = self._writer.submit(write)
 
+  @contextlib.contextmanager
+  def recording(self) -> Iterator[None]:
+    """Where the run fails within, what was recorded is written first.
+
+    It is waited for a little: hosts that fail end at once.
+    """
+    try:
+      yield
+    except BaseException:
+      if self._writing is not None:
+        concurrent.futures.wait([self._writing], timeout=_LAST_WORDS)
+      raise
+
   def written(self) -> None:
     """Returns when what was recorded is written down."""
     writing, self._writing = self._writing, None
@@ -343,7 +358,7 @@ class Books:
     """Raises Stopped where too much went wrong; the batch learned from dumped."""
     limits = self._job.config["limits"]
     if metrics.get("picture_effect") == 0:
-      raise self._stopped(
+      raise Stopped(
         f"stage {stage.name}: the model is blind. Its completions are exactly "
         "as likely when questions are shown each other's pictures "
         "(picture_effect is 0). Look for vision weights that are zero or "
@@ -355,30 +370,25 @@ class Books:
       of = f"_host{host}" if jax.process_count() > 1 else ""
       file = self._job.workdir / f"not_finite_{step}{of}.npz"
       paths.write(file, to_npz(batch))
-      raise self._stopped(
+      raise Stopped(
         f"stage {stage.name}: {progress.skipped_updates} updates had a "
         f"gradient that is not finite; limits.skipped_updates is "
         f"{limits['skipped_updates']}. The last batch is in {file}. Look for "
         "huge ratios or KL there; a smaller learning rate or kl_limit helps."
       )
     if progress.failed_groups > limits["failed_groups"]:
-      raise self._stopped(
+      raise Stopped(
         f"stage {stage.name}: the rewards of {progress.failed_groups} groups "
         f"failed; limits.failed_groups is {limits['failed_groups']}. Mend the "
         "reward named above, or raise rewards.timeout."
       )
     self._check_programs(f"stage {stage.name}")
 
-  def _stopped(self, why: str) -> Stopped:
-    """What to raise, the last step written down."""
-    self.written()
-    return Stopped(why)
-
   def _check_programs(self, where: str) -> None:
     """Raises Stopped where a program was compiled for too many shapes."""
     most = self._job.config["limits"]["programs"]
     if too_many := compiling.excess(most):
-      raise self._stopped(f"{where}: {too_many}")
+      raise Stopped(f"{where}: {too_many}")
 
   def finish(self, params: Params, progress: Progress) -> None:
     """Exports the policy, draws the curves and prints the results."""

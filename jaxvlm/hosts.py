@@ -326,7 +326,8 @@ def _listen(client: Any) -> None:
     silent = others.silent(client) if jax.process_index() == 0 else []
     if silent and not _over.is_set():
       for process in silent:  # which are not waited for
-        client.key_value_set(f"{_HEARD}/{process}", "")
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+          client.key_value_set(f"{_HEARD}/{process}", "")
       why = (
         f"{_named(silent)} gave no sign of life for {_silence:g} s "
         "(limits.heartbeat); it was killed or cannot be reached."
@@ -354,7 +355,10 @@ class _Others:
 
   def silent(self, client: Any) -> list[int]:
     """Takes a look; those that said nothing new in too many."""
-    found = client.key_value_dir_get(_ALIVE)
+    try:
+      found = client.key_value_dir_get(_ALIVE)
+    except jax.errors.JaxRuntimeError:
+      return []  # this was no look
     said = {int(place[-6:]): what for place, what in found}
     for process in self._looks:
       news = said.get(process)

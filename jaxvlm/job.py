@@ -50,6 +50,7 @@ _LEAST = {
   "rewards.num_workers": 1,
   "limits.blind_every": 0,
   "limits.programs": 1,
+  "limits.heartbeat": 5,  # a sign of life comes each half second
   "checkpoint.every": 1,
   "checkpoint.keep_last": 1,
   "checkpoint.keep_best": 0,
@@ -61,10 +62,7 @@ _LEAST = {
   "evaluation.temperature": 0,
   "evaluation.top_k": 0,
 }
-_POSITIVE = (
-  *("rewards.timeout", "evaluation.top_p"),
-  *("limits.host_wait", "limits.heartbeat"),
-)
+_POSITIVE = ("rewards.timeout", "evaluation.top_p", "limits.host_wait")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -321,6 +321,8 @@ def base_sees_otherwise(schedule: Sequence[Stage], stage: Stage) -> bool:
 
   A stage before it may have trained that.
   """
+  if "vision_tower" not in stage.freeze:
+    return False  # nothing is known before it is read
   seen = {"vision_tower", "merger"} & set(stage.freeze)
   before = schedule[: [s.name for s in schedule].index(stage.name)]
   return any(not seen <= set(s.freeze) for s in before)

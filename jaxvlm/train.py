@@ -44,6 +44,7 @@ def run(job: Job, display: Display) -> None:
   with (
     Books(job, display, sampler) as books,
     hosts.ending(OSError, Stopped, spared=(Interrupted,)),
+    books.recording(),
   ):
     state, progress, position = books.restore()
     if state is None:

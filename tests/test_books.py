@@ -1,11 +1,11 @@
 """books.py: steps are written down beside the devices' work."""
 
+import contextlib
 import threading
 import types
 
 import pytest
 
-from jaxvlm import books as books_module
 from jaxvlm.books import Books, Progress
 from jaxvlm.metrics import Logger, read_records
 
@@ -37,7 +37,10 @@ def books(tmp_path):
       "log": {**log, "samples": 0},
     },
   )
-  display = types.SimpleNamespace(show=lambda record: None)
+  display = types.SimpleNamespace(
+    show=lambda record: None,
+    task=lambda *args, **kwargs: contextlib.nullcontext(lambda count: None),
+  )
   with Books(job, display, None) as made:
     assert made.restore()[0] is None
     yield made
@@ -89,10 +92,27 @@ def test_a_record_that_cannot_be_written_ends_the_run(books, monkeypatch):
     record(books, 2)
 
 
-def test_a_limit_that_is_reached_leaves_the_step_written(books, gate, tmp_path):
+def test_what_was_recorded_is_written_before_a_failure_goes_on(
+  books, gate, tmp_path
+):
+  """Where there are other hosts, nothing of this process would outlive it."""
   record(books, 1)
   threading.Timer(0.2, gate.set).start()
-  with pytest.raises(books_module.Stopped, match="blind"):
-    books._job.config["limits"] = {}
-    books.check_limits(STAGE, Progress(), {"picture_effect": 0.0}, None)
+  with pytest.raises(KeyError), books.recording():
+    raise KeyError("no such picture")
   assert len(read_records(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_what_was_recorded_comes_before_an_evaluation(
+  books, gate, tmp_path, monkeypatch
+):
+  books._job.held_out = (None,)
+  books._job.config["limits"] = {"programs": 1}
+  books._evaluator = types.SimpleNamespace(
+    batches=lambda: 1, run=lambda params, advance: {"reason/greedy": 0.5}
+  )
+  record(books, 1)
+  threading.Timer(0.2, gate.set).start()
+  books.evaluate("reason", None, Progress(step=1, global_step=1), None)
+  kinds = [r["kind"] for r in read_records(tmp_path / "metrics.jsonl")]
+  assert kinds == ["train", "eval"]

@@ -104,14 +104,19 @@ def calls(run: Run, weights: float) -> Mapping[str, float]:
   stage, lengths = run.stage, run.lengths
   micro = microbatches(run)[0].groups.shape[0] * stage.updates_per_rollout
   policies = stage.asks_old_logprobs + bool(stage.kl_coef)
+  each = stage.rollout_questions // run.shards
+  patches = each * lengths.visual * run.layout.patches_per_token
+  lane = max(lengths.most_visual * run.layout.patches_per_token, 1)
+  lanes = max(-(-patches // (4 * lane)), 1)
   found = {
+    "tower": lanes,  # where it is asked by itself
     "zeros": stage.updates_per_rollout,
     "gradient": micro,
     "optimizer step": stage.updates_per_rollout,
   }
   if stage.kind == "sft":
     return found
-  each, steps = stage.rollout_questions // run.shards, decoded(run)
+  steps = decoded(run)
   at_once, fresh = in_flight(run)
   rows = at_once * stage.num_completions
   # A smaller shape reads the weights as before and less of the caches.
@@ -120,13 +125,9 @@ def calls(run: Run, weights: float) -> Mapping[str, float]:
     for blocks, slots, count in steps
   )
   more = -(-(each - at_once) // fresh)
-  patches = each * lengths.visual * run.layout.patches_per_token
-  lane = max(lengths.most_visual * run.layout.patches_per_token, 1)
-  lanes = max(-(-patches // (4 * lane)), 1)
   return found | {
     "decode weights: around": 1,
     "decode weights": run.network.config.text_config.num_hidden_layers,
-    "tower": lanes,
     "merger": lanes,
     "prefill": 1,
     "decode": tokens,

@@ -89,6 +89,10 @@ def compile_run(
   if stage.kind == "grpo" and "rollout" in parts:
     _rollout(run, compile, params, kept, stage.make_draws(), "")
   if "update" in parts:
+    if stage.kind == "sft" and "vision_tower" in stage.freeze:
+      each = stage.rollout_questions // run.shards
+      asked = batch.questions(each, run.lengths, run.layout)
+      _look(run, compile, params, asked, kept, "")
     _update(run, compile, own, params, opt_state, kept)
   if run.evaluation is not None and "evaluation" in parts:
     _rollout(run, compile, params, kept, run.evaluation, "evaluation: ")
@@ -122,26 +126,7 @@ def _rollout(
   beside, weights = dict(kept), params
   decode_weights = _decode_weights(run, compile, params, beside, prefix)
   beside["decode weights"] = decode_weights
-  if longest := max(len(q.pixel_values) for q in asked):
-    lane, together = station.encoder.shape(longest, each)
-
-    def look(name: str, call: Any, shown: Question) -> None:
-      lanes = pack_vision([[shown]], layout=run.layout, patches=lane)
-      vision = batch.whole(mesh, {"vision": lanes}, shards * together)["vision"]
-      compile(
-        f"{prefix}{name}",
-        call,
-        network,
-        weights,
-        batch.widen(vision, network),
-        beside=beside,
-      )
-
-    if run.merges_alone and not prefix:
-      look("tower", encoder.see, asked[0])
-      look("merger", encoder.encode, _known(run, asked)[0])
-    else:
-      look("tower", encoder.encode, asked[0])
+  _look(run, compile, params, asked, beside, prefix)
   program = slots.Program(
     network=network, draws=draws, eos_ids=(0,), pad_id=0, shards=shards
   )
@@ -239,6 +224,46 @@ def _rollout(
       *to,
       beside=beside | {"caches": (state.prompts, caches)},
     )
+
+
+def _look(
+  run: Run,
+  compile: Compiler,
+  params: Any,
+  asked: Sequence[Question],
+  beside: Mapping[str, Any],
+  prefix: str,
+) -> None:
+  """The tower, asked for a data shard's questions."""
+  longest = max(len(q.pixel_values) for q in asked)
+  if not longest:
+    return
+  lane, together = encoder.Encoder(
+    network=run.network,
+    mesh=run.mesh,
+    layout=run.layout,
+    known=filling.Known.of(filling.sizes_of(asked)),
+  ).shape(longest, len(asked))
+
+  def look(name: str, call: Any, shown: Question) -> None:
+    lanes = pack_vision([[shown]], layout=run.layout, patches=lane)
+    count = run.shards * together
+    vision = batch.whole(run.mesh, {"vision": lanes}, count)["vision"]
+    compile(
+      f"{prefix}{name}",
+      call,
+      run.network,
+      params,
+      batch.widen(vision, run.network),
+      beside=beside,
+    )
+
+  if not run.merges_alone or prefix:
+    look("tower", encoder.encode, asked[0])
+    return
+  look("tower", encoder.see, asked[0])
+  if run.stage.kind == "grpo":
+    look("merger", encoder.encode, _known(run, [asked[0]])[0])
 
 
 def _decode_weights(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from jaxvlm.models import pretrained
-from jaxvlm.nn import vision
+from jaxvlm.nn import rope, vision
 
 # The pictures of four prompts; those without are text. Sizes in patches.
 CASES = {
@@ -243,6 +243,24 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(
     ours, allowed = np.linalg.norm(a - b), 1.5 * np.linalg.norm(c - d)
     assert 1e-4 * np.linalg.norm(b) < ours <= allowed
     assert ours <= 6e-2 * np.linalg.norm(b)
+
+
+def test_a_bfloat16_towers_rotation_stays_in_float32(
+  network, prompts, monkeypatch
+):
+  """As transformers' does; the decoder's is in the model's dtype."""
+  dtypes, turns = [], rope.turns
+
+  def noted(angles, dtype):
+    dtypes.append(jnp.dtype(dtype))
+    return turns(angles, dtype)
+
+  monkeypatch.setattr(rope, "turns", noted)
+  low = dataclasses.replace(network, dtype="bfloat16")
+  jax.eval_shape(low.encode, low.shapes(), prompts.vision)
+  assert dtypes == [jnp.float32]
+  jax.eval_shape(low.turns, np.zeros((3, 2, 1), np.int32))
+  assert dtypes[1:] == [jnp.bfloat16]
 
 
 # -- static shapes -----------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxvlm import sharding
-from jaxvlm.plan import compiler, planning, programs
+from jaxvlm.plan import compiler, estimate, planning, programs
 from tests.plans import STAGE, config, make_run
 
 
@@ -72,6 +72,29 @@ def test_a_plan_updates_from_what_a_frozen_tower_has_seen(freeze, names, seen):
     assert vision.tokens.shape[2:] == (4, tower.hidden_size)
     (merged,) = found["merger"][2:]
     assert type(merged) is type(vision)
+
+
+@pytest.mark.parametrize(
+  ("freeze", "names"),
+  [((), []), (("vision_tower",), ["tower"])],
+)
+def test_a_plan_of_demonstrations_asks_a_frozen_tower(freeze, names):
+  fields = config()
+  fields["stages"][STAGE] |= {"kind": "sft", "num_completions": 1}
+  fields["stages"][STAGE] |= {"freeze": freeze, "kl_coef": 0.0, "rewards": ()}
+  run = make_run(fields)
+  found = []
+
+  def compile(name, call, *arguments, **_):
+    found.append(name)
+    return call.eval_shape(*arguments)
+
+  with sharding.use(run.mesh):
+    programs.compile_run(run, compile)
+    counts = estimate.calls(run, 0.0)
+  own = ["zeros", "gradient", "optimizer step"]
+  assert found == ["optimizer state", *names, *own]
+  assert all(counts[name] > 0 for name in found[1:])
 
 
 def test_a_program_that_is_known_is_not_compiled_again():
