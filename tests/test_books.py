@@ -107,7 +107,7 @@ def test_what_was_recorded_comes_before_an_evaluation(
   books, gate, tmp_path, monkeypatch
 ):
   books._job.held_out = (None,)
-  books._job.config["limits"] = {"programs": 1}
+  books._job.config["limits"] = {"programs": 1000}
   books._evaluator = types.SimpleNamespace(
     batches=lambda: 1, run=lambda params, advance: {"reason/greedy": 0.5}
   )

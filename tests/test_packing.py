@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxvlm.data.vision_layout import capacity, token_places
+from jaxvlm import packing
+from jaxvlm.data.vision_layout import alike, capacity, token_places
 from jaxvlm.packing import Packed, pack, plan
 
 families = pytest.mark.parametrize(
@@ -243,10 +244,16 @@ def test_an_update_encodes_each_picture_once_where_a_microbatch_holds_it(
 ):
   """Only what is about one picture and longer than a microbatch is split."""
   own, mask = asked(questions, drawn)
-  found = plan(
-    own, mask, tokens=tokens, shards=shards, layout=layout, patch_cost=1e6
-  )
   lengths = mask.sum((1, 2)) + [len(q.prompt_ids) for q in own]
+  width = capacity(max(int(lengths.max()), min(tokens, 512)), 32)
+  found = packing._rows(
+    *(own, lengths, alike(own)),
+    width=width,
+    limit=max(tokens, width),
+    tokens=tokens,
+    shards=shards,
+    lane=lambda patches: patches,
+  )
   rows = found.groups.reshape(-1, found.groups.shape[-1])
   budget = max(tokens, capacity(int(lengths.max()), 32))
   assert found.groups.shape[1] // shards * found.columns <= budget
