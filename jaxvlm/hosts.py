@@ -117,11 +117,15 @@ def _heeded(call: Callable[..., None], *args: Any, **options: Any) -> None:
   """Calls what may wait outside Python; SIGTERM meanwhile ends this process.
 
   Python's handlers run in the main thread alone, between two steps of its own:
-  so another thread makes the call.
+  so another thread makes the call, and this one looks up now and then, for a
+  signal that comes as it falls asleep does not wake it.
   """
   with preparing(), concurrent.futures.ThreadPoolExecutor(1) as pool:
     try:
-      pool.submit(call, *args, **options).result()
+      called = pool.submit(call, *args, **options)
+      while not called.done():
+        concurrent.futures.wait([called], timeout=_LISTEN)
+      called.result()
     except Terminated as stopped:
       print(stopped, flush=True)
       os._exit(0)  # that thread may wait for what never comes

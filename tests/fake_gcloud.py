@@ -185,8 +185,11 @@ def read(file):
 
 
 def write(file, text):
-  with open(file, "w") as opened:
+  """At once: gclouds that run beside each other never read half of it."""
+  part = f"{file}.{os.getpid()}"
+  with open(part, "w") as opened:
     opened.write(text)
+  os.replace(part, file)
 
 
 COMMANDS = {
