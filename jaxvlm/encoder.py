@@ -147,7 +147,7 @@ class Encoder:
   def _nothing(self, merge: bool) -> np.ndarray:
     """Features of text, [1+K 0 D] or [1+K 0 B E]."""
     tower = self._network.config.vision_config
-    levels = len(getattr(tower, "deepstack_visual_indexes", ()))
+    levels = self._network.num_levels
     each = (self._layout.patches_per_token, tower.hidden_size)
     shape = (tower.out_hidden_size,) if merge else each
     return np.zeros((1 + levels, 0, *shape), jnp.dtype(self._network.dtype))
@@ -156,8 +156,7 @@ class Encoder:
     self, params: Params, vision: Vision | Unmerged, merge: bool
   ) -> Unmerged | Features:
     placed = sharding.place(self._mesh, {"vision": vision})["vision"]
-    places = vision.rows if isinstance(vision, Vision) else vision.tokens
-    lanes, length = places.shape[:2]
+    lanes, length = vision.lanes
     name, run = ("encode", encode) if merge else ("see", see)
     with (
       sharding.use(self._mesh),

@@ -19,7 +19,7 @@ from jaxvlm.models import Network
 from jaxvlm.packing import Packed
 from jaxvlm.rl import kl, losses, surrogates
 from jaxvlm.rl.logprobs import token_logprobs
-from jaxvlm.types import Experience, Params, Tree, Vision, record
+from jaxvlm.types import Experience, Params, Tree, record
 
 Flat = dict[str, Array]  # parameters by "/"-joined path
 Metrics = dict[str, losses.Pair]
@@ -286,10 +286,7 @@ def _wait(found: Sequence[Any]) -> None:
 
 def _compiles(name: str, tree: Tree) -> contextlib.AbstractContextManager[None]:
   rows, columns = tree.ids.shape
-  vision, lane = tree.vision, 0
-  if vision is not None:
-    places = vision.rows if isinstance(vision, Vision) else vision.tokens
-    lane = places.shape[1]
+  lane = 0 if tree.vision is None else tree.vision.lanes[1]
   return compiling.program(
     name,
     rows=rows,

@@ -103,6 +103,12 @@ class Vision:
   place_index: Int[Array, "S L 4"] | None  # the nearest learned positions
   place_weight: Float[Array, "S L 4"] | None  # and how near each is
 
+  @property
+  def lanes(self) -> tuple[int, int]:
+    """How many, and how many patches each has room for."""
+    count, room = self.rows.shape[:2]
+    return count, room
+
 
 @record
 class Unmerged:
@@ -111,6 +117,12 @@ class Unmerged:
   tokens: Float[Array, "S M B E"]
   levels: Float[Array, "K S M B E"] | None  # DeepStack's; None: it has none
 
+  @property
+  def lanes(self) -> tuple[int, int]:
+    """How many, and how many tokens each has room for."""
+    count, room = self.tokens.shape[:2]
+    return count, room
+
 
 @record
 class Features:
@@ -118,6 +130,12 @@ class Features:
 
   tokens: Float[Array, "S M D"]
   levels: Float[Array, "K S M D"] | None  # DeepStack's; None: the family's none
+
+  @property
+  def lanes(self) -> tuple[int, int]:
+    """How many, and how many tokens each has room for."""
+    count, room = self.tokens.shape[:2]
+    return count, room
 
 
 @record

@@ -183,6 +183,12 @@ class Network:
       rngs=nnx.Rngs(key),
     )
 
+  @property
+  def num_levels(self) -> int:
+    """DeepStack's levels, K; 0 where the family has none."""
+    tower = self.config.vision_config
+    return len(getattr(tower, "deepstack_visual_indexes", ()))
+
   # -- training and prefill --------------------------------------------------
 
   def see(self, params: Params, vision: Vision) -> Unmerged:

@@ -84,11 +84,10 @@ def seen(
 ) -> Question:
   """The question with what the tower saw of it: one number of each vector."""
   tokens = len(question.pixel_values) // layout.patches_per_token
-  tower = network.config.vision_config
-  levels = len(getattr(tower, "deepstack_visual_indexes", ()))
   shape = (1,) if merged else (layout.patches_per_token, 1)
   features = np.broadcast_to(
-    np.zeros((), jnp.dtype(network.dtype)), (1 + levels, tokens, *shape)
+    np.zeros((), jnp.dtype(network.dtype)),
+    (1 + network.num_levels, tokens, *shape),
   )
   return dataclasses.replace(question, features=features)
 
