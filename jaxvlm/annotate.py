@@ -81,9 +81,14 @@ def narrowed(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
   """The config of a run on that source alone, without evaluations.
 
   Raises:
-    ValueError: it has no such stage or source, names no checkpoint, or all
-      completions of a row would be the same.
+    ValueError: there are several hosts, it has no such stage or source, names
+      no checkpoint, or all completions of a row would be the same.
   """
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"annotate: got {jax.process_count()} hosts; expected one. Give each a "
+      "share of the rows instead (filter, or files of their own)."
+    )
   stages = config["stages"]
   if plan.stage not in stages:
     raise ValueError(
@@ -132,15 +137,10 @@ def run(job: Job, plan: Plan, output: Any, display: Display) -> None:
     display: shows the progress, and a summary.
 
   Raises:
-    ValueError: several hosts, no reward, rows without a caption, an output or
-      parts of other settings, or a program compiled for too many shapes.
+    ValueError: no reward, rows without a caption, an output or parts of other
+      settings, or a program compiled for too many shapes.
     OSError: a file cannot be written.
   """
-  if jax.process_count() > 1:
-    raise ValueError(
-      f"annotate: got {jax.process_count()} hosts; expected one. Give each a "
-      "share of the rows instead (filter, or files of their own)."
-    )
   source = job.sources[plan.stage][plan.source]
   settings: dict[str, Any] = {
     "config": job.config,

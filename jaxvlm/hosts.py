@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import clusters, distributed
+from jaxtyping import Shaped
 
 _ENDED = "jaxvlm/ended"  # which process did first, its exit status, and why
 _HEARD = "jaxvlm/heard"  # the processes that know
@@ -199,6 +200,26 @@ def _meet(client: Any, place: str) -> None:
       "loading or rewards. limits.host_wait says how long hosts wait for one "
       "another."
     ) from error
+
+
+def share(
+  count: int, find: Callable[[range], Shaped[np.ndarray, "m *B"]]
+) -> Shaped[np.ndarray, "count *B"]:
+  """What is found of so many items, where each process looks at its share.
+
+  Args:
+    count: of the items, alike on all processes.
+    find: gives what is found of these of them.
+
+  Raises:
+    Late: as `exchange`.
+  """
+  processes = jax.process_count()
+  found = find(range(jax.process_index(), count, processes))
+  each = np.zeros((-(-count // processes), *found.shape[1:]), found.dtype)
+  each[: len(found)] = found
+  in_turn = exchange(each).swapaxes(0, 1)
+  return in_turn.reshape(-1, *found.shape[1:])[:count]
 
 
 def wait() -> None:

@@ -519,16 +519,15 @@ class _Opener:
       shuffle_options=mixed,
       watch=self.display.progress,
     )
-    with self.display.task(f"read {field}", total=len(chosen.rows)) as advance:
-      found = loader.inspect(
-        rows,
-        chosen.rows,
-        self.processor,
-        name=field,
-        max_prompt_length=self.longest,
-        max_response_length=longest_response,
-        progress=lambda done, total: advance(1),
-      )
+    found = loader.inspect(
+      rows,
+      chosen.rows,
+      self.processor,
+      name=field,
+      max_prompt_length=self.longest,
+      max_response_length=longest_response,
+      watch=self.display.progress,
+    )
     if dropped := chosen.dropped | found.dropped:
       self.dropped[field] = dropped
       counts = ", ".join(f"{n} {why}" for why, n in dropped.items())

@@ -1,7 +1,9 @@
 """Every test sees 8 virtual CPU devices, exact matmuls and strict arrays."""
 
+import concurrent.futures
 import gc
 import os
+import threading
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Compiling these small programs takes longer than running them.
@@ -19,7 +21,7 @@ import pytest
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from jaxvlm import sharding
+from jaxvlm import hosts, sharding
 from jaxvlm.data.vision_layout import Layout
 from jaxvlm.learner import Learner
 from jaxvlm.models import Network, find_family
@@ -242,3 +244,31 @@ def rollout(make_sampler, place_params, params, mesh, questions, draws):
   sampler = make_sampler(mesh)
   weights = sampler.weights(place_params(params, mesh))
   return sampler.sample(weights, questions, key=jax.random.key(0), draws=draws)
+
+
+@pytest.fixture(name="among_hosts")
+def among_hosts_fixture(monkeypatch):
+  """among_hosts(count, call): what call(index) gives on each of so many hosts."""
+
+  def among_hosts(count, call):
+    here, said = threading.local(), {}
+    all_there = threading.Barrier(count, timeout=60)
+
+    def exchange(values):
+      said[here.index] = values
+      all_there.wait()
+      found = np.stack([said[i] for i in range(count)])
+      all_there.wait()
+      return found
+
+    def one(index):
+      here.index = index
+      return call(index)
+
+    monkeypatch.setattr(hosts, "exchange", exchange)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(jax, "process_index", lambda: here.index)
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+      return list(pool.map(one, range(count)))
+
+  return among_hosts

@@ -503,6 +503,5 @@ def test_a_checkpoint_is_to_be_named(project):
 
 def test_several_hosts_are_refused(run, rows, monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(job.jax, "process_count", lambda: 2)
   with pytest.raises(ValueError, match="got 2 hosts; expected one"):
     run(rows())

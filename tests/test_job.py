@@ -1,6 +1,7 @@
 """job.py: a stage's data entries become the mixture that they say."""
 
 import collections
+import contextlib
 import json
 import types
 
@@ -21,9 +22,10 @@ class Processor:
   """Measures problems in letters and asks nothing else of a row."""
 
   def __init__(self):
-    self.asked = []
+    self.asked, self.measured = [], []
 
   def measure(self, example):
+    self.measured.append(example.problem)
     return len(example.problem), 0
 
   def response_length(self, example):
@@ -38,10 +40,19 @@ class Processor:
 
 
 @pytest.fixture
-def opener():
-  console = Console(record=True, width=200)
-  with Display(console) as display:
-    yield job._Opener(Processor(), 20, display)
+def make_opener():
+  with contextlib.ExitStack() as stack:
+
+    def make():
+      display = Display(Console(record=True, width=200))
+      return job._Opener(Processor(), 20, stack.enter_context(display))
+
+    yield make
+
+
+@pytest.fixture
+def opener(make_opener):
+  return make_opener()
 
 
 def write(file, rows):
@@ -205,11 +216,8 @@ def test_a_number_that_cannot_be_is_refused_by_its_field(
     job.check_numbers(numbers)
 
 
-@pytest.mark.parametrize(
-  ("host", "own"), [(0, ["q", "qqq"]), (1, ["qq", "qqqq"])]
-)
 def test_a_host_prepares_its_own_held_out_questions_and_knows_all_sizes(
-  opener, tmp_path, monkeypatch, make_mesh, host, own
+  make_opener, tmp_path, among_hosts, make_mesh
 ):
   rows = [
     {"problem": "q" * n, "answer": str(n), "task": f"t{n}"}
@@ -221,24 +229,32 @@ def test_a_host_prepares_its_own_held_out_questions_and_knows_all_sizes(
     "sets": {"see": {"reward": "exact", "data": data}},
     "batch_questions": 3,
   }
-  made = job.Job(
-    config={"seed": 0, "evaluation": evaluation},
-    processor=opener.processor,
-    schedule=(),
-    mesh=make_mesh(1, 1, 1),
-    **dict.fromkeys(("workdir", "checkpoint", "network", "banned")),
-    **dict.fromkeys(("sources", "held_out", "dropped")),
-  )
-  monkeypatch.setattr(job.jax, "process_count", lambda: 2)
-  monkeypatch.setattr(job.jax, "process_index", lambda: host)
-  found = job._with_rows(made, opener)
-  (see,) = found.held_out
-  assert opener.processor.asked == own
-  assert [q.example.problem for q in see.questions] == own
-  assert [e.task for e in see.examples] == ["t1", "t2", "t3", "t4"]
-  assert found.known.tokens == 4
-  (tried,) = found.known.batches
-  assert tried[:, 0].tolist() == [1, 2, 3]
+  openers = [make_opener() for _ in range(2)]
+
+  def with_rows(host):
+    opener = openers[host]
+    made = job.Job(
+      config={"seed": 0, "evaluation": evaluation},
+      processor=opener.processor,
+      schedule=(),
+      mesh=make_mesh(1, 1, 1),
+      **dict.fromkeys(("workdir", "checkpoint", "network", "banned")),
+      **dict.fromkeys(("sources", "held_out", "dropped")),
+    )
+    return job._with_rows(made, opener)
+
+  found = among_hosts(2, with_rows)
+  for one, opener, own in zip(
+    found, openers, (["q", "qqq"], ["qq", "qqqq"]), strict=True
+  ):
+    (see,) = one.held_out
+    assert sorted(opener.processor.measured) == own
+    assert opener.processor.asked == own
+    assert [q.example.problem for q in see.questions] == own
+    assert [e.task for e in see.examples] == ["t1", "t2", "t3", "t4"]
+    assert one.known.tokens == 4
+    (tried,) = one.known.batches
+    assert tried[:, 0].tolist() == [1, 2, 3]
 
 
 def test_batches_are_tried_as_the_stages_will_draw_them(make_mesh):

@@ -2,16 +2,17 @@
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxvlm import hosts
 from jaxvlm.data.options import shuffled
 from jaxvlm.data.processor import Processor
-from jaxvlm.data.rows import combined_seed, row_id
+from jaxvlm.data.rows import Watch, combined_seed, row_id
 from jaxvlm.types import Example, Question
 
 
@@ -60,9 +61,9 @@ def inspect(
   name: str,
   max_prompt_length: int,
   max_response_length: int | None,
-  progress: Callable[[int, int], None] | None,
+  watch: Watch,
 ) -> Inspected:
-  """Checks these rows before any compute is spent.
+  """Checks these rows before any compute is spent; each host reads its share.
 
   Args:
     examples: the data set.
@@ -73,7 +74,7 @@ def inspect(
     max_response_length: None: completions are sampled, so each row needs an
       answer. A number: written responses are learned, so each row needs one;
       those with more tokens (EOS included) are dropped.
-    progress: called with (rows done, rows in all); None: silent.
+    watch: as `Display.progress`.
 
   Raises:
     ValueError: an empty data set; a row that cannot be used (its markers,
@@ -82,7 +83,7 @@ def inspect(
   if not len(rows):
     raise ValueError(f"{name}: the data set is empty.")
 
-  def measure(i: int) -> tuple[int, int, int, str]:
+  def measure(i: int) -> tuple[int, int, int, int]:
     example = examples[i]
     target = example.answer if max_response_length is None else example.response
     if not target:
@@ -91,16 +92,18 @@ def inspect(
         f"{example.name or f'{name}[{i}]'}: no {wanted}; each row needs one."
       )
     response = processor.response_length(example)
-    return *processor.measure(example), response, row_id(example)
+    return *processor.measure(example), response, int(row_id(example), 16)
 
-  sizes = np.empty((len(rows), 3), np.int64)
-  row_ids = []
-  # Pillow decodes and the tokenizer encodes without the interpreter's lock.
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for i, (*sizes[i], one) in enumerate(pool.map(measure, rows.tolist())):
-      row_ids.append(one)
-      if progress is not None:
-        progress(i + 1, len(rows))
+  def measured(own: range) -> Int[np.ndarray, "N 4"]:
+    # Pillow decodes and the tokenizer encodes without the interpreter's lock.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      found = pool.map(measure, rows[own].tolist())
+      told = list(watch(found, f"read {name}", total=len(own)))
+    return np.array(told, np.uint64).reshape(-1, 4)
+
+  told = hosts.share(len(rows), measured)
+  sizes = told[:, :3].astype(np.int64)
+  row_ids = [f"{one:016x}" for one in told[:, 3].tolist()]
   limits = {"max_prompt_length": max_prompt_length}
   if max_response_length is not None:
     limits["max_response_length"] = max_response_length

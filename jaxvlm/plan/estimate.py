@@ -15,7 +15,7 @@ from jaxtyping import Int
 from jaxvlm.plan import batch
 from jaxvlm.plan.chips import Chip
 from jaxvlm.plan.compiler import Compiled, size
-from jaxvlm.plan.programs import Run, microbatches
+from jaxvlm.plan.programs import Run, microbatches, policies
 from jaxvlm.rollout import sampler
 
 FORWARD, BACKWARD = 4, 10  # operations for a pair and number of a head
@@ -102,8 +102,11 @@ def calls(run: Run, weights: float) -> Mapping[str, float]:
     weights: share of a decode step's traffic that does not shrink with its rows.
   """
   stage, lengths = run.stage, run.lengths
-  micro = microbatches(run)[0].groups.shape[0] * stage.updates_per_rollout
-  policies = stage.asks_old_logprobs + bool(stage.kl_coef)
+  updates = stage.updates_per_rollout
+  micro = microbatches(run)[0].groups.shape[0] * updates
+  looks = 0
+  if run.reference_looks:
+    looks = microbatches(run, looks=True)[0].groups.shape[0] * updates
   each = stage.rollout_questions // run.shards
   patches = each * lengths.visual * run.layout.patches_per_token
   lane = max(lengths.most_visual * run.layout.patches_per_token, 1)
@@ -133,7 +136,8 @@ def calls(run: Run, weights: float) -> Mapping[str, float]:
     "decode": tokens,
     "admit: prefill": more,
     "admit": more,
-    "logprobs": policies * micro,
+    "logprobs": policies(run) * micro,
+    "logprobs: reference": looks,
   }
 
 
@@ -214,30 +218,36 @@ def attention_flops(run: Run) -> Mapping[str, float]:
   if run.network.attention == "plain":
     return {}
   text, tower = run.network.config.text_config, run.network.config.vision_config
-  plan, asked, mask = microbatches(run)
-  own = np.array([len(q.prompt_ids) for q in asked])
-  length = mask.sum(-1)
-  pairs = float(
-    (own * (own + 1) / 2).sum()
-    + (length * own[:, None] + length * (length + 1) / 2).sum()
-  )
-  pairs /= plan.groups.shape[0]
-  each = run.stage.rollout_questions / run.shards
   split = run.mesh.shape["tensor"]
   if text.num_key_value_heads % split:
     split = 1  # all heads on each chip
   width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
-  decoder = pairs * width / run.shards / split
-  read = each * float(np.mean(own * (own + 1) / 2)) * width / split
   patches = run.lengths.visual * run.layout.patches_per_token
   full = len(getattr(tower, "fullatt_block_indexes", range(tower.depth)))
-  pictures = len(asked) / plan.groups.shape[0] / run.shards
-  seen = patches**2 * full * tower.hidden_size * pictures
-  if "vision_tower" in run.stage.freeze:
-    seen = 0.0  # what it sees is known before
+  picture = patches**2 * full * tower.hidden_size
+
+  def pairs(*, looks: bool) -> float:
+    """Of numbers of a query and a key that sees it, in a microbatch."""
+    plan, asked, mask = microbatches(run, looks=looks)
+    own = np.array([len(q.prompt_ids) for q in asked])
+    length = mask.sum(-1)
+    found = float(
+      (own * (own + 1) / 2).sum()
+      + (length * own[:, None] + length * (length + 1) / 2).sum()
+    )
+    found *= width / split
+    if looks or "vision_tower" not in run.stage.freeze:
+      found += len(asked) * picture
+    return found / plan.groups.shape[0] / run.shards
+
+  own = np.array([len(q.prompt_ids) for q in microbatches(run)[1]])
+  each = run.stage.rollout_questions / run.shards
+  read = each * float(np.mean(own * (own + 1) / 2)) * width / split
   again = run.network.remat == "full"
+  update = pairs(looks=False)
   return {
     "prefill": FORWARD * read,
-    "logprobs": FORWARD * (decoder + seen),
-    "gradient": (FORWARD * (1 + again) + BACKWARD) * (decoder + seen),
+    "logprobs": FORWARD * update,
+    "logprobs: reference": FORWARD * pairs(looks=True),
+    "gradient": (FORWARD * (1 + again) + BACKWARD) * update,
   }

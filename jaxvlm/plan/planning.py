@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxvlm import models, paths, sharding
+from jaxvlm import models, paths, sharding, stages
 from jaxvlm.models import Network
 from jaxvlm.plan import estimate, programs, structure
 from jaxvlm.plan.batch import Lengths
@@ -58,7 +58,6 @@ class Plan:
     return f"does not fit: {told}, {over:.1f} too much; {remedy(name)}"
 
 
-READS = ("gradient", "logprobs")  # of microbatches
 STATES = ("optimizer step", "optimizer state", "zeros")
 
 
@@ -66,7 +65,7 @@ def remedy(name: str) -> str:
   """The knob that helps where this program takes most."""
   if name.startswith("evaluation"):
     return "fewer evaluation.batch_questions, or a larger mesh.tensor"
-  if name in READS:
+  if name in programs.READS:
     return (
       "fewer stages.*.microbatch_tokens (a group is the least), "
       "model.remat=full, or a larger mesh.tensor"
@@ -150,6 +149,7 @@ def make_run(
     stage=found,
     lengths=lengths,
     slots=config["sampler"]["slots"],
+    reference_looks=_reference_looks(config, found),
     evaluation=sampler.Draws(
       **{
         field.name: fields[field.name]
@@ -160,6 +160,15 @@ def make_run(
     else None,
     evaluation_questions=fields["batch_questions"],
   )
+
+
+def _reference_looks(config: Mapping[str, Any], stage: Stage) -> bool:
+  """Whether the reference looks at the pictures itself, as step.py has it."""
+  names = config["schedule"]
+  if not stage.kl_coef or stage.reference != "base" or stage.name not in names:
+    return False
+  schedule = [find_stage(config, name) for name in names]
+  return stages.base_sees_otherwise(schedule, stage)
 
 
 def make(

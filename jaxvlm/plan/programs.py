@@ -37,6 +37,8 @@ class Run:
   stage: Stage
   lengths: Lengths
   slots: int  # as sampler.slots
+  # Whether the reference's tower is not the policy's, which has seen the pictures.
+  reference_looks: bool
   evaluation: Draws | None  # None: the run evaluates nothing
   evaluation_questions: int
 
@@ -56,6 +58,7 @@ class Run:
 
 
 PARTS = ("rollout", "update", "evaluation")
+READS = ("gradient", "logprobs", "logprobs: reference")  # of microbatches
 
 
 def compile_run(
@@ -331,11 +334,20 @@ def _prompts(
 # -- an update -----------------------------------------------------------------
 
 
-def microbatches(run: Run) -> tuple[packing.Plan, Any, Any]:
-  """How an update's groups are packed, the groups and their masks."""
+def microbatches(
+  run: Run, *, looks: bool = False
+) -> tuple[packing.Plan, Any, Any]:
+  """How an update's groups are packed, the groups and their masks.
+
+  Args:
+    run: whose.
+    looks: whether they are read by one who knows nothing of their pictures.
+  """
   stage = run.stage
   count = stage.update_questions // stage.updates_per_rollout
-  asked = _known(run, batch.questions(count, run.lengths, run.layout))
+  asked = batch.questions(count, run.lengths, run.layout)
+  if not looks:
+    asked = _known(run, asked)
   mask = batch.masks(
     count, stage.num_completions, run.lengths, stage.microbatch_tokens
   )
@@ -369,25 +381,33 @@ def _update(
   stage, program = run.stage, own.program
   micro = _experience(run)
   banned = jax.ShapeDtypeStruct((run.network.config.vocab_size,), bool)
-  rows, columns = micro.tree.ids.shape
-  loops = {
-    # Nearly all tokens are completions': chunks of a row's targets.
-    "turns": columns / stage.logprob_chunk,
-    "tokens": rows // run.shards * columns,
-  }
-  if micro.old_logprobs is not None or micro.ref_logprobs is not None:
+
+  def loops(tree: Any) -> dict[str, Any]:
+    rows, columns = tree.ids.shape
+    return {
+      # Nearly all tokens are completions': chunks of a row's targets.
+      "turns": columns / stage.logprob_chunk,
+      "tokens": rows // run.shards * columns,
+    }
+
+  def score(name: str, tree: Any) -> None:
     again = stage.max_rollouts > 1  # then decoding's copy stays for the next
     weights = gathered(run.network, run.mesh) if again else ()
     compile(
-      "logprobs",
+      name,
       learner.logprobs,
       program,
       params,
       banned,
-      micro.tree,
+      tree,
       beside={**kept, "decode weights": weights},
-      **loops,
+      **loops(tree),
     )
+
+  if policies(run):
+    score("logprobs", micro.tree)
+  if run.reference_looks:
+    score("logprobs: reference", _experience(run, looks=True).tree)
   total = compile("zeros", learner.zeros, program, params, beside=kept)
   total, _ = compile(
     "gradient",
@@ -398,7 +418,7 @@ def _update(
     banned,
     micro,
     beside=kept,
-    **loops,
+    **loops(micro.tree),
   )
   state = learner.TrainState(params=params, opt_state=opt_state)
   number = jax.ShapeDtypeStruct((), jnp.float32)
@@ -414,10 +434,17 @@ def _update(
   )
 
 
-def _experience(run: Run) -> Any:
-  """A microbatch, as shapes."""
+def policies(run: Run) -> int:
+  """Those whose logprobs are asked of what the policy's tower has seen."""
   stage = run.stage
-  found, asked, mask = microbatches(run)
+  refers = bool(stage.kl_coef) and not run.reference_looks
+  return 0 if stage.kind == "sft" else stage.asks_old_logprobs + refers
+
+
+def _experience(run: Run, *, looks: bool = False) -> Any:
+  """A microbatch, as shapes; `looks` as in `microbatches`."""
+  stage = run.stage
+  found, asked, mask = microbatches(run, looks=looks)
   one = dataclasses.replace(found, groups=found.groups[:1, :1])
   tree = packing.pack(
     one, 0, asked, np.zeros(mask.shape, np.int32), mask, layout=run.layout

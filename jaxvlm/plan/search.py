@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 from jaxvlm import sharding
 from jaxvlm.plan import compiler, estimate, planning, programs
 from jaxvlm.plan.chips import Chip
-from jaxvlm.plan.planning import READS, STATES, Plan
-from jaxvlm.plan.programs import Run
+from jaxvlm.plan.planning import STATES, Plan
+from jaxvlm.plan.programs import READS, Run
 
 Overrides = dict[str, Any]
 
@@ -108,8 +108,8 @@ def seconds(run: Run, chip: Chip) -> float:
   decode = found / chip.bandwidth
   plan = programs.microbatches(run)[0]
   text, tensor = network.config.text_config, run.mesh.shape["tensor"]
-  policies = stage.asks_old_logprobs + bool(stage.kl_coef)
-  reads = policies + 3  # forwards, and a gradient's two and its way back
+  asked = programs.policies(run) + run.reference_looks
+  reads = asked + 3  # forwards, and a gradient's two and its way back
   numbers = weights / jnp.dtype(network.dtype).itemsize
   columns = plan.columns
   compute = 2 * numbers * columns * (reads + 1) / chip.flops

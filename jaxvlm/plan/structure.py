@@ -8,7 +8,7 @@ import jax
 
 from jaxvlm.plan import hlo
 from jaxvlm.plan.compiler import Compiled
-from jaxvlm.plan.programs import Run
+from jaxvlm.plan.programs import READS, Run
 
 MIB = 1 << 20
 LARGE = 64 * MIB  # a parameter that no chip should hold whole
@@ -21,10 +21,10 @@ def faults(run: Run, compiled: Sequence[Compiled]) -> list[str]:
   for one in compiled:
     if one.name.endswith("decode"):
       found += _decode(one)
-    if one.name in ("gradient", "logprobs"):
+    if one.name in READS:
       found += _update(run, one)
       found += _logits(run, one)
-    if one.name in ("optimizer step", "gradient", "logprobs"):
+    if one.name in ("optimizer step", *READS):
       whole, which = one.replicated
       if run.mesh.size > 1 and whole > LARGE:
         found.append(

@@ -246,7 +246,7 @@ def inspect(examples, processor, rows=None, **changes):
     "name": "stages.x.data.y",
     "max_prompt_length": 1000,
     "max_response_length": None,
-    "progress": None,
+    "watch": lambda items, description, total: items,
   }
   rows = np.arange(len(examples)) if rows is None else rows
   return loader.inspect(examples, rows, processor, **(settings | changes))
@@ -261,18 +261,53 @@ def test_long_prompts_are_dropped_and_counted(processor):
     images=(np.zeros((560, 560, 3), np.uint8),),
   )
   seen = []
+
+  def watch(items, description, total):
+    for item in items:
+      yield item
+      seen.append((description, total))
+
   found = inspect(
     rows,
     processor,
     max_prompt_length=100,
-    progress=lambda done, total: seen.append((done, total)),
+    watch=watch,
   )
   assert found.kept.tolist() == [0, 1, 3, 4]
   assert found.dropped == {"over max_prompt_length 100": 2}
   assert found.row_ids == [row_id(rows[i]) for i in found.kept]
   expected = [processor.measure(rows[i]) for i in found.kept]
   assert found.sizes.tolist() == [list(sizes) for sizes in expected]
-  assert seen == [(i, 6) for i in range(1, 7)]
+  assert seen == [("read stages.x.data.y", 6)] * 6
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 8])
+def test_hosts_read_a_share_each_and_know_all(processor, among_hosts, hosts):
+  rows = make_rows(7)
+  rows[3] = Example(problem="long " * 50, answer="1")
+  alone = inspect(rows, processor, max_prompt_length=100)
+  read = []
+
+  def one_host(index):
+    own = []
+    read.append(own)
+
+    def watch(items, description, total):
+      own.extend(items)
+      assert len(own) == total
+      return own
+
+    return inspect(rows, processor, max_prompt_length=100, watch=watch)
+
+  for found in among_hosts(hosts, one_host):
+    assert found.kept.tolist() == alone.kept.tolist() == [0, 1, 2, 4, 5, 6]
+    assert found.row_ids == alone.row_ids
+    assert found.sizes.tolist() == alone.sizes.tolist()
+    assert found.dropped == alone.dropped
+  assert max(map(len, read)) == -(-7 // hosts)
+  assert sorted(row for own in read for row in own) == sorted(
+    (*processor.measure(row), 0, int(row_id(row), 16)) for row in rows
+  )
 
 
 def test_the_limit_itself_is_kept(processor):

@@ -75,6 +75,42 @@ def test_a_plan_updates_from_what_a_frozen_tower_has_seen(freeze, names, seen):
 
 
 @pytest.mark.parametrize(
+  ("reference", "kl_coef", "times", "seen"),
+  [
+    ("base", 0.01, [1, 1], ["Features", "Vision"]),
+    ("stage_start", 0.01, [2, 0], ["Features"]),
+    ("base", 0.0, [1, 0], ["Features"]),
+  ],
+)
+def test_a_plan_has_a_reference_look_where_another_stage_trained_the_tower(
+  reference, kl_coef, times, seen
+):
+  fields = config()
+  later = fields["schedule"][1]
+  fields["stages"][later] |= {"freeze": ("vision_tower", "merger")}
+  fields["stages"][later] |= {"reference": reference, "kl_coef": kl_coef}
+  run = make_run(fields, later)
+  assert run.stage.asks_old_logprobs
+  found = {}
+
+  def compile(name, call, *arguments, **_):
+    found[name] = arguments
+    return call.eval_shape(*arguments)
+
+  with sharding.use(run.mesh):
+    programs.compile_run(run, compile, ("update",))
+    counts = estimate.calls(run, 0.0)
+  names = ["logprobs", "logprobs: reference"]
+  asked = [name for name in found if name.startswith("logprobs")]
+  assert asked == names[: len(seen)]
+  visions = [found[name][-1].vision for name in asked]
+  assert [type(vision).__name__ for vision in visions] == seen
+  updates = run.stage.updates_per_rollout
+  calls = len(programs.microbatches(run)[0].groups) * updates
+  assert [counts[name] for name in names] == [n * calls for n in times]
+
+
+@pytest.mark.parametrize(
   ("freeze", "names"),
   [((), []), (("vision_tower",), ["tower"])],
 )
