@@ -1,29 +1,40 @@
 """main, which also writes down what each host samples, and may be disturbed.
 
 Writes WORKDIR/sampled/ROLLOUT.hostHOST.npz, and weights.hostHOST with a line for
-each time that decoding's copy was made. MISHAP="HOST ROLLOUT WHAT" of the
-environment: on that host that rollout begins with a SIGTERM ("stop"), a SIGKILL
-("kill"), an error ("fail") or a minute's sleep ("sleep").
+each time that decoding's copy was made, and fails where one is left as an update
+begins. MISHAP="HOST ROLLOUT WHAT" of the environment: on that host that rollout
+begins with a SIGTERM ("stop"), a SIGKILL ("kill"), an error ("fail") or a minute's
+sleep ("sleep").
 """
 
 import os
 import pathlib
 import signal
 import time
+import weakref
 
 import jax
 import numpy as np
 
 from jaxvlm import main, train
 
-_roll_out = train.roll_out
+_roll_out, _learn = train.roll_out, train.learn
 _sampling_weights = train.sampling_weights
+_made = []
 
 
 def sampling_weights(stage, sampler, params):
   with open(sampled() / f"weights.host{jax.process_index()}", "a") as file:
     file.write(f"{stage.name}\n")
-  return _sampling_weights(stage, sampler, params)
+  weights = _sampling_weights(stage, sampler, params)
+  if weights is not None:
+    _made.append(weakref.ref(weights))
+  return weights
+
+
+def learn(*args):
+  assert all(weights() is None for weights in _made), "decoding's copy is left"
+  return _learn(*args)
 
 
 def roll_out(stage, sampler, weights, questions, key):
@@ -62,5 +73,6 @@ def mishap(host, number):
 
 
 if __name__ == "__main__":
-  train.roll_out, train.sampling_weights = roll_out, sampling_weights
+  train.roll_out, train.learn = roll_out, learn
+  train.sampling_weights = sampling_weights
   main.cli()
