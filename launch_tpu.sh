@@ -96,7 +96,11 @@ read_options() {
       --connect-flag=*) connect_flags+=("${1#*=}") ;;
       --spot | --existing | --dirty | --cleanup) printf -v "${1#--}" yes ;;
       --dry-run) dry_run=yes ;;
-      --status | --stop | --delete) action=${1#--} ;;
+      --status | --stop | --delete)
+        [[ $action == run || $action == "${1#--}" ]] ||
+          refuse "$1: got --$action too; expected one of them"
+        action=${1#--}
+        ;;
       --help | -h) usage && exit ;;
       --)
         shift
@@ -141,6 +145,7 @@ usual_runtime() {
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
+    v5e-*) refuse "--accelerator: gcloud calls $accelerator v5litepod-${accelerator#*-}" ;;
     *) refuse "--runtime: none is known for '$accelerator'; give its version" ;;
   esac
 }
@@ -266,7 +271,7 @@ unfollow() {
 watch() {
   local statuses silent=0 ended=0
   while true; do
-    sleep "$poll"
+    pause
     look_surely
     [[ $pod != lost && $pod != absent && $pod != failed ]] || break
     [[ $pod == ready ]] || continue # under repair
@@ -324,7 +329,7 @@ attempt() {
   while ((looks++ < patience)); do # a preemption too may be why
     look_surely
     [[ $pod == ready ]] || return 0
-    sleep "$poll"
+    pause
   done
   die "the run cannot be started on $name; its workers say why above."
 }
@@ -375,9 +380,11 @@ rehearse() {
 end() {
   local status=$1
   shift
-  say "$*."
+  say "${dry_run:+nothing was run; a run would end with: }$*."
   if [[ $cleanup ]]; then
     delete
+  elif [[ $dry_run ]]; then
+    say "the pod would be left there; launch_tpu.sh $(whose) --delete deletes it."
   elif [[ ! $existing ]]; then
     say "$name is still there, and paid for; this deletes it:" \
       "launch_tpu.sh $(whose) --delete"
@@ -411,6 +418,8 @@ leave() {
 }
 
 read_options "$@"
+[[ $dry_run ]] || command -v gcloud >/dev/null ||
+  die "gcloud is not on PATH; install the Google Cloud CLI, and log in"
 exec 3>&1
 scratch=$(mktemp -d)
 readonly scratch

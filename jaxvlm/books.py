@@ -56,6 +56,8 @@ class Progress:
   seconds: float = 0.0  # of all processes, up to this checkpoint
   ledgers: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
   owed: bool = False  # an evaluation that the run was stopped before
+  # Devices along each axis, and processes; {}: of before this was written down.
+  mesh: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def next_stage(self) -> None:
     self.stage, self.step, self.best = self.stage + 1, 0, None
@@ -108,6 +110,17 @@ class Books:
       state, position = saved.state, saved.loader
       self._saved, self._waiting = saved.step, saved.host
       progress = Progress(**saved.progress)
+    before, now = progress.mesh, self._job.devices
+    if before and before != now:
+      told = ", ".join(
+        f"{name}: {before[name]} -> {now[name]}"
+        for name in now
+        if before[name] != now[name]
+      )
+      self._display.print(
+        f"Another mesh, so not bit for bit from here on: {told}."
+      )
+    progress.mesh = dict(now)
     log = self._job.config["log"]
     with _files_read():
       self._logger = Logger(

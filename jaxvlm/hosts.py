@@ -107,9 +107,9 @@ def join(
       heartbeat_timeout_seconds=2 * math.ceil(heartbeat + 2 * _LINGER),
     )
   except (RuntimeError, ValueError) as error:
+    found = "" if by_hand else " Finding them in Kubernetes takes jax[k8s]."
     raise ValueError(
-      f"the other processes of this run cannot be joined: {error} (In "
-      "Kubernetes, finding them takes `pip install 'jax[k8s]'`.) "
+      f"the other processes of this run cannot be joined: {error}{found} "
       "--num_processes=1 runs alone."
     ) from error
 
@@ -317,6 +317,8 @@ def _end(
   client: Any, error: BaseException, told: tuple[type[Exception], ...]
 ) -> None:
   """Says here and to the others why this process ends, and ends it."""
+  if _cut_off(error):
+    _await_word(error)
   _over.set()
   status = 0 if isinstance(error, Terminated) else 1
   if others := _heard(client):
@@ -334,6 +336,23 @@ def _end(
     # The first to end is who the others hear of.
     client.key_value_set(_ENDED, f"{jax.process_index()} {status} {why}")
   _leave(client, status)
+
+
+def _cut_off(error: BaseException) -> bool:
+  """Whether the end of another process may be what an operation failed by."""
+  broken = isinstance(error, jax.errors.JaxRuntimeError)
+  return broken and "RESOURCE_EXHAUSTED" not in str(error)
+
+
+def _await_word(error: BaseException) -> None:
+  """Time to hear of a process that has ended; that ends this one, named."""
+  print(
+    f"jaxvlm: {str(error).splitlines()[0]} (It may be that another process has "
+    f"ended; {_silence:g} s without a sign of life tell which.)",
+    file=sys.stderr,
+    flush=True,
+  )
+  time.sleep(_silence + 2 * _LINGER)
 
 
 def _listen(client: Any) -> None:

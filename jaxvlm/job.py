@@ -98,6 +98,11 @@ class Job:
     return jax.process_index() == 0
 
   @functools.cached_property
+  def devices(self) -> dict[str, int]:
+    """How many lie along each axis of the mesh, and are of how many processes."""
+    return dict(self.mesh.shape) | {"processes": jax.process_count()}
+
+  @functools.cached_property
   def matrix_sizes(self) -> tuple[int, int]:
     """Weights that multiply each token of the decoder, each patch of the tower."""
     sizes = {"decoder": 0, "tower": 0}

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         workdir.check_hosts(config)
         changed = workdir.check_config(place, config)
         if changed:
-          display.print("Another mesh, so not bit for bit from here on:")
+          display.print("Another layout, so not bit for bit from here on:")
           display.print("\n".join(changed))
         if hosts.any_of(books.finished(place)):
           display.print(f"This run is finished; its results are in {place}.")

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,15 @@ from typing import Any
 import jax
 
 from jaxvlm import hosts, paths
+
+# Lines of `changes`. How the work is laid out decides no result but by rounding.
+_LAYOUT = re.compile(
+  r"  (sampler\.slots|model\.remat|evaluation\.batch_questions"
+  r"|stages\.\w+\.(microbatch_tokens|logprob_chunk)):"
+)
+_MAY_CHANGE = re.compile(
+  rf"{_LAYOUT.pattern}|  mesh\.|  limits\.(host_wait|heartbeat):"
+)
 
 
 @contextlib.contextmanager
@@ -78,25 +88,27 @@ def check_hosts(config: dict[str, Any]) -> None:
 def check_config(workdir: paths.Path, config: dict[str, Any]) -> list[str]:
   """Compares a config with the one that `write_config` wrote, if it did.
 
+  How long hosts wait, the mesh and other fields of the layout may differ: a run
+  may go on on another pod.
+
   Returns:
-    A line for each field that may differ and does: those of the mesh.
+    A line for each such field of the layout, "  field: old -> new", but for the
+    mesh, whose fields may leave sizes open.
 
   Raises:
-    ValueError: another differs from that the workdir was made with; lists the
-      fields, old -> new.
+    ValueError: another differs from that the workdir was made with; lists them.
   """
   path = paths.path(workdir) / "config.json"
   if not path.exists():
     return []
   changed = changes(json.loads(path.read_text()), config)
-  allowed = [line for line in changed if line.startswith("  mesh.")]
-  if changed != allowed:
+  wrong = [line for line in changed if not _MAY_CHANGE.match(line)]
+  if wrong:
     raise ValueError(
       f"{path.parent}: was made with another config. Use another workdir, or "
-      "the old values of\n"
-      + "\n".join(line for line in changed if line not in allowed)
+      "the old values of\n" + "\n".join(wrong)
     )
-  return allowed
+  return [line for line in changed if _LAYOUT.match(line)]
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

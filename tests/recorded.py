@@ -2,9 +2,9 @@
 
 Writes WORKDIR/sampled/ROLLOUT.hostHOST.npz, and weights.hostHOST with a line for
 each time that decoding's copy was made, and fails where one is left as an update
-begins. MISHAP="HOST ROLLOUT WHAT" of the environment: on that host that rollout
-begins with a SIGTERM ("stop"), a SIGKILL ("kill"), an error ("fail") or a minute's
-sleep ("sleep").
+begins. MISHAP="HOST ROLLOUT WHAT" of the environment: on that host that rollout,
+or where it is "update" the second gradient, begins with a SIGTERM ("stop"), a
+SIGKILL ("kill"), an error ("fail") or a minute's sleep ("sleep").
 """
 
 import os
@@ -16,11 +16,16 @@ import weakref
 import jax
 import numpy as np
 
-from jaxvlm import main, train
+from jaxvlm import learner, main, train
 
-_roll_out, _learn = train.roll_out, train.learn
+_roll_out, _learn, _add_gradient = (
+  train.roll_out,
+  train.learn,
+  learner.add_gradient,
+)
 _sampling_weights = train.sampling_weights
-_made = []
+_made: list[weakref.ref] = []
+_gradients: list[int] = []
 
 
 def sampling_weights(stage, sampler, params):
@@ -52,6 +57,12 @@ def roll_out(stage, sampler, weights, questions, key):
   return rollout
 
 
+def add_gradient(*args):
+  _gradients.append(len(_gradients))
+  mishap(jax.process_index(), "update" if len(_gradients) == 2 else "")
+  return _add_gradient(*args)
+
+
 def sampled():
   place = pathlib.Path(main.CONFIG.value.workdir, "sampled")
   place.mkdir(exist_ok=True)
@@ -74,5 +85,5 @@ def mishap(host, number):
 
 if __name__ == "__main__":
   train.roll_out, train.learn = roll_out, learn
-  train.sampling_weights = sampling_weights
+  train.sampling_weights, learner.add_gradient = sampling_weights, add_gradient
   main.cli()

@@ -32,6 +32,7 @@ def books(tmp_path):
   job = types.SimpleNamespace(
     workdir=tmp_path,
     primary=True,
+    devices={},
     config={
       "checkpoint": {"keep_last": 1, "keep_best": 0},
       "log": {**log, "samples": 0},

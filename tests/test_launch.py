@@ -37,6 +37,14 @@ class Cloud:
 
   home: pathlib.Path
   repository: pathlib.Path
+  path: str = os.environ["PATH"]  # behind the fake's
+
+  def without_gcloud(self):
+    """Leaves of the PATH what the launcher begins with."""
+    (self.home / "bin" / "gcloud").unlink()
+    for name in ("env", "bash", "dirname", "sed", "tail", "git"):
+      (self.home / "bin" / name).symlink_to(shutil.which(name))
+    self.path = ""
 
   def play(self, *lives, **more):
     scenario = {"lives": lives, "fails": {}} | more
@@ -45,7 +53,7 @@ class Cloud:
   def start(self, *arguments):
     env = os.environ | {
       "FAKE_CLOUD": str(self.home),
-      "PATH": f"{self.home / 'bin'}:{os.environ['PATH']}",
+      "PATH": f"{self.home / 'bin'}:{self.path}".rstrip(":"),
     }
     return subprocess.Popen(
       # Tests that run in the background ignore it, and so would the launcher.
@@ -358,6 +366,26 @@ def test_a_dry_run_prints_every_command_and_calls_none(cloud):
   assert "git -C" in out
 
 
+def test_a_dry_run_of_slices_prints_whole_commands_and_waits_for_nothing(cloud):
+  began = time.monotonic()
+  code, out, err = cloud.launch(*NEW, "--dry-run", "--slices=3", "--poll=60")
+  assert code == 0, err
+  assert time.monotonic() - began < 30
+  lines = out.splitlines()
+  assert {line.split()[0] for line in lines} == {"gcloud", "git"}
+  assert not [line for line in lines if " gcloud " in line]
+  for node in ("pod-0", "pod-1", "pod-2"):
+    assert [line for line in lines if f"tpu-vm ssh {node} " in line]
+  assert "nothing was run" in err and "paid for" not in err
+
+
+def test_a_machine_without_gcloud_is_told_at_once(cloud):
+  cloud.without_gcloud()
+  code, _, err = cloud.launch(*NEW)
+  assert code == 1
+  assert "gcloud is not on PATH" in err
+
+
 def documented():
   """The launcher's commands in the documents."""
   text = "".join(
@@ -386,7 +414,9 @@ def test_the_commands_of_the_documents_are_taken(cloud):
     (("--zone=", *NEW), FLAGS, "--zone"),
     ((), FLAGS, "--accelerator"),
     (("--accelerator=v9-8",), FLAGS, "--runtime: none is known for 'v9-8'"),
+    (("--accelerator=v5e-16",), FLAGS, "gcloud calls v5e-16 v5litepod-16"),
     (("--sport", *NEW), FLAGS, "--sport: no such option"),
+    (("--status", "--stop"), (), "--stop: got --status too"),
     (("--config=configs/staged.py", *NEW), (), "come after --"),
     (NEW, (), "no run"),
     (NEW, FLAGS[:1], "expected --config.workdir=gs://BUCKET/DIRECTORY"),

@@ -33,7 +33,7 @@ from jaxvlm.plan.programs import PARTS as ALL
 from jaxvlm.plan.programs import Run
 
 TOPOLOGY = flags.DEFINE_string(
-  "topology", "local", "v5e:4x4, v6e:8x8, v5p:4x4x4 (chips), ...; or local."
+  "topology", None, "v5e:4x4, v6e:8x8, v5p:4x4x4 (chips), ...; or local."
 )
 MODEL = flags.DEFINE_string(
   "model", "", "A published size, as qwen3_vl_8b; empty: the config's own."
@@ -43,7 +43,11 @@ PROMPT = flags.DEFINE_integer("prompt", 512, "Mean tokens of a prompt.")
 VISUAL = flags.DEFINE_integer("visual", 256, "Mean visual tokens among them.")
 COMPLETION = flags.DEFINE_integer("completion", 512, "Mean of a completion.")
 EFFICIENCY = flags.DEFINE_float(
-  "efficiency", 0.5, "Share of the chip's rates that is taken to be reached."
+  "efficiency",
+  0.5,
+  "Share of the chip's rates that is taken to be reached.",
+  lower_bound=0.01,
+  upper_bound=1.0,
 )
 PARTS = flags.DEFINE_multi_enum(
   "parts", list(ALL), list(ALL), "Those that are compiled; --search: all."
@@ -59,6 +63,11 @@ def plan(argv: list[str]) -> None:
     sys.exit(f"plan_pod: unexpected arguments: {' '.join(argv[1:])}")
   screen = Console(stderr=True)
   try:
+    if not TOPOLOGY.value:
+      raise ValueError(
+        "--topology: expected chips, as v5e:4x4, v6e:8x8, v5p:4x4x4, or 'local' "
+        "for this machine's own devices."
+      )
     devices = chips.devices(TOPOLOGY.value)
     chip = chips.find(devices[0])
     config = main.CONFIG.value.to_dict()
@@ -222,7 +231,7 @@ def _show(plan: Plan, screen: Console) -> None:
 
 
 def _show_work(plan: Plan, screen: Console) -> None:
-  work = Table(title="a call, on a chip")
+  work = Table(title="a call, on a chip; seconds: of all calls, at its rates")
   work.add_column("program")
   for name in ("TFLOP", "GB", "compiler's s", "calls a step", "seconds"):
     work.add_column(name, justify="right")

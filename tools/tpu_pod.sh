@@ -7,16 +7,21 @@
 
 # Runs a command, or prints it for a shell to read.
 call() {
-  local word
+  local word line=''
   if [[ ! $dry_run ]]; then
     "$@" 3>&-
     return
   fi
   for word in "$@"; do
     [[ $word =~ ^[-A-Za-z0-9_.,:=/]+$ ]] || word=${word@Q}
-    printf '%s ' "$word" >&3
+    line+="$word "
   done
-  echo >&3
+  printf '%s\n' "$line" >&3 # at once: several may be called side by side
+}
+
+# Waits before another look.
+pause() {
+  [[ $dry_run ]] || sleep "$poll"
 }
 
 tpus() {
@@ -71,7 +76,7 @@ look_surely() {
     ((++tries < silences)) ||
       die "gcloud does not say how $name is. A run that is on goes on without" \
         "this; the same command follows it."
-    sleep "$poll"
+    pause
   done
 }
 
@@ -117,7 +122,7 @@ obtain() {
         ;;
       waiting) ;;
     esac
-    sleep "$poll"
+    pause
   done
 }
 

@@ -100,6 +100,8 @@ def devices(topology: str) -> list[Any]:
   # libtpu looks for a machine's metadata otherwise, waits for it, and lets no
   # other process load it, for a TPU has one owner.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology)

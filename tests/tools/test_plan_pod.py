@@ -65,14 +65,22 @@ def test_the_command_ends_with_a_verdict_and_its_status_says_it(plan):
 @pytest.mark.parametrize(
   ("flags", "told"),
   [
+    ([], "plan_pod: --topology: expected chips, as v5e:4x4"),
     (["--topology=abacus"], "plan_pod: topology: got 'abacus'"),
-    (["--stage=dreaming"], "plan_pod: stage: no 'dreaming'"),
+    (
+      ["--topology=local", "--stage=dreaming"],
+      "plan_pod: stage: no 'dreaming'",
+    ),
     (["--parts=roof"], "jaxvlm: flag --parts=roof"),
+    (["--efficiency=2"], "jaxvlm: flag --efficiency=2"),
     (
       ["--config.roof=3"],
       "jaxvlm: --config: no field 'roof'; there are allows",
     ),
-    (["--config.model.checkpoint=/nowhere"], "plan_pod: [Errno 2]"),
+    (
+      ["--topology=local", "--config.model.checkpoint=/nowhere"],
+      "plan_pod: [Errno 2]",
+    ),
   ],
 )
 def test_what_is_wrong_is_refused_in_a_line(plan, flags, told):
