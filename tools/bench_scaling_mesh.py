@@ -186,6 +186,7 @@ def make_run(case: Case) -> programs.Run:
       longest_completion=COMPLETION,
     ),
     slots=0,
+    reference_looks=False,
     evaluation=None,
     evaluation_questions=0,
   )
