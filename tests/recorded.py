@@ -7,6 +7,7 @@ or where it is "update" the second gradient, begins with a SIGTERM ("stop"), a
 SIGKILL ("kill"), an error ("fail") or a minute's sleep ("sleep").
 """
 
+import itertools
 import os
 import pathlib
 import signal
@@ -18,14 +19,10 @@ import numpy as np
 
 from jaxvlm import learner, main, train
 
-_roll_out, _learn, _add_gradient = (
-  train.roll_out,
-  train.learn,
-  learner.add_gradient,
-)
-_sampling_weights = train.sampling_weights
+_roll_out, _learn = train.roll_out, train.learn
+_sampling_weights, _add_gradient = train.sampling_weights, learner.add_gradient
 _made: list[weakref.ref] = []
-_gradients: list[int] = []
+_gradients = itertools.count(1)
 
 
 def sampling_weights(stage, sampler, params):
@@ -58,8 +55,7 @@ def roll_out(stage, sampler, weights, questions, key):
 
 
 def add_gradient(*args):
-  _gradients.append(len(_gradients))
-  mishap(jax.process_index(), "update" if len(_gradients) == 2 else "")
+  mishap(jax.process_index(), "update" if next(_gradients) == 2 else "")
   return _add_gradient(*args)
 
 

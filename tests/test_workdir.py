@@ -103,6 +103,8 @@ def test_another_layout_passes_and_is_told(tmp_path):
     "  stages.see.logprob_chunk: 256 -> 2",
     "  stages.see.microbatch_tokens: 512 -> 1",
   ]
+  with pytest.raises(ValueError, match=r"of\n  seed: 0 -> 1$"):
+    check_config(tmp_path, after | {"seed": 1})
   for other in (
     {"limits": after["limits"] | {"programs": 65}},
     {"model": after["model"] | {"dtype": "bfloat16"}},

@@ -245,9 +245,10 @@ def attention_flops(run: Run) -> Mapping[str, float]:
   read = each * float(np.mean(own * (own + 1) / 2)) * width / split
   again = run.network.remat == "full"
   update = pairs(looks=False)
+  looked = FORWARD * pairs(looks=True) if run.reference_looks else 0.0
   return {
     "prefill": FORWARD * read,
     "logprobs": FORWARD * update,
-    "logprobs: reference": FORWARD * pairs(looks=True),
+    "logprobs: reference": looked,
     "gradient": (FORWARD * (1 + again) + BACKWARD) * update,
   }
