@@ -5,6 +5,7 @@ each time that decoding's copy was made, and fails where one is left as an updat
 begins. MISHAP="HOST ROLLOUT WHAT" of the environment: on that host that rollout,
 or where it is "update" the second gradient, begins with a SIGTERM ("stop"), a
 SIGKILL ("kill"), an error ("fail") or a minute's sleep ("sleep").
+NARROWEST: columns of caches at the beginning, if they are to grow.
 """
 
 import itertools
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxvlm import learner, main, train
+from jaxvlm.rollout import sampler
 
 _roll_out, _learn = train.roll_out, train.learn
 _sampling_weights, _add_gradient = train.sampling_weights, learner.add_gradient
@@ -80,6 +82,8 @@ def mishap(host, number):
 
 
 if __name__ == "__main__":
+  if columns := os.environ.get("NARROWEST"):
+    sampler._NARROWEST["cpu"] = int(columns)
   train.roll_out, train.learn = roll_out, learn
   train.sampling_weights, learner.add_gradient = sampling_weights, add_gradient
   main.cli()

@@ -78,6 +78,8 @@ def begin_fixture(launch, project, eight_heads):
     count = int(np.prod(sizes)) // hosts
     flags = f" --xla_force_host_platform_device_count={count}"
     env["XLA_FLAGS"] = launch.env["XLA_FLAGS"] + flags
+    if mesh != "one":
+      env["NARROWEST"] = "4"
     axes = zip(("data", "fsdp", "tensor"), sizes, strict=True)
     shape = [f"mesh.{axis}={size}" for axis, size in axes]
     every = f"checkpoint.every={1 if mesh == 'mixed' else 2}"

@@ -7,7 +7,7 @@ and what a program launch costs are left out.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -15,7 +15,7 @@ from jaxtyping import Int
 from jaxvlm.plan import batch
 from jaxvlm.plan.chips import Chip
 from jaxvlm.plan.compiler import Compiled, size
-from jaxvlm.plan.programs import Run, microbatches, policies
+from jaxvlm.plan.programs import FIRST_COLUMNS, Run, microbatches, policies
 from jaxvlm.rollout import sampler
 
 FORWARD, BACKWARD = 4, 10  # operations for a pair and number of a head
@@ -69,19 +69,16 @@ def estimate(
 ) -> Estimate:
   """The time of a step of the stage at the run's mean lengths."""
   named = {one.name: one for one in compiled}
-  counts = calls(run, _weights_share(run, named.get("decode")))
+  counts = calls(run)
   attention = attention_flops(run)
   programs = []
   for one in compiled:
-    if count := counts.get(one.name, 0.0):
+    if one.name == "decode":
+      programs.append(_decoding(run, one, named.get(FIRST_COLUMNS, one), chip))
+    elif count := counts.get(one.name, 0.0):
+      more = attention.get(one.name, 0.0)
       programs.append(
-        Timed(
-          name=one.name,
-          calls=count,
-          compute=(one.cost.flops + attention.get(one.name, 0.0)) / chip.flops,
-          hbm=one.cost.bytes / chip.bandwidth,
-          ici=sum(x.turns * x.bytes for x in one.cost.collectives) / chip.links,
-        )
+        Timed(name=one.name, calls=count, **_seconds(one, chip, more))
       )
   stage = run.stage
   return Estimate(
@@ -94,13 +91,43 @@ def estimate(
   )
 
 
-def calls(run: Run, weights: float) -> Mapping[str, float]:
-  """How often each program runs in a step; decoding is counted in tokens.
+def _seconds(one: Compiled, chip: Chip, flops: float = 0.0) -> dict[str, float]:
+  """Of a call, by what bounds it; `flops` are those that its HLO does not show."""
+  return {
+    "compute": (one.cost.flops + flops) / chip.flops,
+    "hbm": one.cost.bytes / chip.bandwidth,
+    "ici": sum(x.turns * x.bytes for x in one.cost.collectives) / chip.links,
+  }
 
-  Args:
-    run: whose.
-    weights: share of a decode step's traffic that does not shrink with its rows.
+
+def _decoding(run: Run, full: Compiled, first: Compiled, chip: Chip) -> Timed:
+  """All tokens of a step, the mean of those in each shape of rows and caches.
+
+  A shape of fewer rows reads the weights as before and less of the caches; what
+  a step needs grows with the columns in a line from the first to all of them.
   """
+  widths = list(sampler.widths(run.stage.max_completion_length))
+  at_once, _ = in_flight(run)
+  rows = at_once * run.stage.num_completions
+  count, found = 0, dict.fromkeys(("compute", "hbm", "ici"), 0.0)
+  ends = [
+    (_seconds(one, chip), _weights_share(run, one)) for one in (first, full)
+  ]
+  for blocks, slots, columns, tokens in decoded(run):
+    share = 1.0
+    if len(widths) > 1:
+      share = (columns - widths[0]) / (widths[-1] - widths[0])
+    count += tokens
+    for part, (seconds, weights) in zip((1 - share, share), ends, strict=True):
+      of_rows = weights + (1 - weights) * blocks * slots / rows
+      for name in found:
+        found[name] += tokens * part * of_rows * seconds[name]
+  each = {name: seconds / count for name, seconds in found.items()}
+  return Timed(name=full.name, calls=count, **each)
+
+
+def calls(run: Run) -> Mapping[str, float]:
+  """How often each program runs in a step, all but decoding."""
   stage, lengths = run.stage, run.lengths
   updates = stage.updates_per_rollout
   micro = microbatches(run)[0].groups.shape[0] * updates
@@ -119,21 +146,13 @@ def calls(run: Run, weights: float) -> Mapping[str, float]:
   }
   if stage.kind == "sft":
     return found
-  steps = decoded(run)
   at_once, fresh = in_flight(run)
-  rows = at_once * stage.num_completions
-  # A smaller shape reads the weights as before and less of the caches.
-  tokens = sum(
-    count * (weights + (1 - weights) * blocks * slots / rows)
-    for blocks, slots, count in steps
-  )
   more = -(-(each - at_once) // fresh)
   return found | {
     "decode weights: around": 1,
     "decode weights": run.network.config.text_config.num_hidden_layers,
     "merger": lanes,
     "prefill": 1,
-    "decode": tokens,
     "admit: prefill": more,
     "admit": more,
     "logprobs": policies(run) * micro,
@@ -152,23 +171,39 @@ def in_flight(run: Run) -> tuple[int, int]:
   )
 
 
-def decoded(run: Run) -> list[tuple[int, int, int]]:
-  """(blocks, slots, tokens) of each shape in which a data shard decodes."""
+def decoded(run: Run) -> list[tuple[int, int, int, int]]:
+  """(blocks, slots, columns, tokens) of each shape of a data shard's decoding."""
   each = run.stage.rollout_questions // run.shards
   group = run.stage.num_completions
   at_once, fresh = in_flight(run)
-  return decode_steps(
+  steps = decode_steps(
     batch.completion_lengths(each * group, run.lengths).reshape(group, each).T,
     at_once,
     fresh,
     list(sampler.ladder(each, (at_once, group))),
   )
+  return list(with_columns(steps, run.stage.max_completion_length))
 
 
-def _weights_share(run: Run, decode: Compiled | None) -> float:
+def with_columns(
+  steps: Sequence[tuple[int, int, int]], longest: int
+) -> Iterator[tuple[int, int, int, int]]:
+  """(blocks, slots, columns, tokens): of the caches, as they grow meanwhile."""
+  *less, all_columns = sampler.widths(longest)
+  clock = 0
+  for blocks, slots, tokens in steps:
+    ends = clock + tokens
+    for columns in less:
+      if clock < min(columns, ends):
+        yield blocks, slots, columns, min(columns, ends) - clock
+        clock = min(columns, ends)
+    if clock < ends:
+      yield blocks, slots, all_columns, ends - clock
+      clock = ends
+
+
+def _weights_share(run: Run, decode: Compiled) -> float:
   """Of a decode step's traffic, what reads weights."""
-  if decode is None:
-    return 0.0
   weights = decode.held["weights"]
   read = size(weights)
   if not run.network.config.tie_word_embeddings:

@@ -59,6 +59,8 @@ class Run:
 
 PARTS = ("rollout", "update", "evaluation")
 READS = ("gradient", "logprobs", "logprobs: reference")  # of microbatches
+# Decoding while its caches have the fewest columns; "decode": with all.
+FIRST_COLUMNS = "decode: first columns"
 
 
 def compile_run(
@@ -168,28 +170,47 @@ def _rollout(
   state = prefill("prefill", read, reads, at_once, beside)
   beside["policy"] = params
   del beside["decode weights"]
+  widths = list(sampler.widths(draws.max_completion_length))
   caches = compile(
     f"{prefix}empty caches",
     slots.empty_caches,
     program,
-    (at_once * shards, group),
+    (at_once * shards, group, widths[0]),
     beside=beside | {"decode weights": decode_weights, "slots": state},
   )
-  state, caches, _ = compile(
-    f"{prefix}decode",
-    slots.decode,
-    program,
-    each,
-    decode_weights,
-    banned,
-    state,
-    caches,
-    scalar,
-    scalar,
-    scalar,
-    beside=beside,
-    held={"weights": decode_weights, "caches": (state.prompts, caches)},
-  )
+
+  def decode(name: str, columns: int, state: Any, caches: Any) -> Any:
+    return compile(
+      f"{prefix}{name}",
+      slots.decode,
+      program,
+      each,
+      columns,
+      decode_weights,
+      banned,
+      state,
+      caches,
+      scalar,
+      scalar,
+      scalar,
+      beside=beside,
+      held={"weights": decode_weights, "caches": (state.prompts, caches)},
+    )
+
+  if len(widths) > 1:
+    state, caches, _ = decode(FIRST_COLUMNS, widths[0], state, caches)
+    grown = _widened(caches, widths[-1])
+    others = {"caches": (state.prompts, grown[1:])}
+    own = {"slots": dataclasses.replace(state, prompts=[])}
+    compile(
+      f"{prefix}grow",
+      slots.grow_layer,
+      _widened(caches, widths[-2])[0],
+      widths[-1],
+      beside=beside | {"decode weights": decode_weights} | own | others,
+    )
+    caches = grown
+  state, caches, _ = decode("decode", widths[-1], state, caches)
   beside["decode weights"] = decode_weights
   if at_once < each:
     more, reads = _prompts(run, shown[:fresh], bucket)
@@ -227,6 +248,16 @@ def _rollout(
       *to,
       beside=beside | {"caches": (state.prompts, caches)},
     )
+
+
+def _widened(caches: Any, columns: int) -> Any:
+  """Caches of completions, with so many columns."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      (*x.shape[:3], columns, x.shape[4]), x.dtype, sharding=x.sharding
+    ),
+    caches,
+  )
 
 
 def _look(

@@ -89,7 +89,8 @@ def least(run: Run) -> int:
   state = per_number * (8 + 2 * stage.optimizer["compensated"] + 2 * width)
   weights = compiler.size(programs.gathered(network, run.mesh))
   blocks, _ = estimate.in_flight(run)
-  return int(state + weights + blocks * _block(run, stage.num_completions))
+  block = _block(run, stage.num_completions, stage.max_completion_length)
+  return int(state + weights + blocks * block)
 
 
 def seconds(run: Run, chip: Chip) -> float:
@@ -102,8 +103,8 @@ def seconds(run: Run, chip: Chip) -> float:
   weights = compiler.size(programs.gathered(network, run.mesh))
   with sharding.use(run.mesh):
     found = sum(
-      count * (weights + blocks * _block(run, slots))
-      for blocks, slots, count in estimate.decoded(run)
+      count * (weights + blocks * _block(run, slots, columns))
+      for blocks, slots, columns, count in estimate.decoded(run)
     )
   decode = found / chip.bandwidth
   plan = programs.microbatches(run)[0]
@@ -120,15 +121,20 @@ def seconds(run: Run, chip: Chip) -> float:
   return decode + updates * max(compute, links / chip.links)
 
 
-def _block(run: Run, slots: int) -> int:
-  """Bytes on a chip of the caches of a question and so many completions."""
+def _block(run: Run, slots: int, columns: int) -> int:
+  """Bytes on a chip of the caches of a question and so many completions.
+
+  Args:
+    run: whose.
+    slots: completions.
+    columns: that a completion has.
+  """
   text, tensor = run.network.config.text_config, run.mesh.shape["tensor"]
   heads = text.num_key_value_heads
   heads //= 1 if heads % tensor else tensor
-  columns = run.lengths.longest_prompt
-  columns += slots * run.stage.max_completion_length
+  tokens = run.lengths.longest_prompt + slots * columns
   width = jnp.dtype(run.network.dtype).itemsize
-  return 2 * width * text.num_hidden_layers * heads * text.head_dim * columns
+  return 2 * width * text.num_hidden_layers * heads * text.head_dim * tokens
 
 
 # -- what is tried -------------------------------------------------------------

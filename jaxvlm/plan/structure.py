@@ -8,7 +8,7 @@ import jax
 
 from jaxvlm.plan import hlo
 from jaxvlm.plan.compiler import Compiled
-from jaxvlm.plan.programs import READS, Run
+from jaxvlm.plan.programs import FIRST_COLUMNS, READS, Run
 
 MIB = 1 << 20
 LARGE = 64 * MIB  # a parameter that no chip should hold whole
@@ -19,7 +19,7 @@ def faults(run: Run, compiled: Sequence[Compiled]) -> list[str]:
   """What the programs do that they should not; []: nothing."""
   found: list[str] = []
   for one in compiled:
-    if one.name.endswith("decode"):
+    if one.name.endswith(("decode", FIRST_COLUMNS)):
       found += _decode(one)
     if one.name in READS:
       found += _update(run, one)

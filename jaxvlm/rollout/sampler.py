@@ -25,6 +25,8 @@ from jaxvlm.types import Params, Question, Rollout, record
 _SHRINK = 4
 # Rows of a data shard that cost as much as one would.
 _FEWEST = {"cpu": 8, "gpu": 64, "tpu": 64}
+# Columns of a cache below which fewer are not worth another program.
+_NARROWEST = {"cpu": 64, "gpu": 256, "tpu": 256}
 
 __all__ = ["Draws", "Sampler", "Weights", "ladder"]
 
@@ -157,7 +159,8 @@ class _Decoding:
   """One rollout under way: which row is whose, and what goes on in its place.
 
   Blocks are admitted while questions wait; when none does and few rows are
-  left, those go on in fewer blocks. The host hears of the rows only then.
+  left, those go on in fewer blocks. The host hears of the rows only then, and
+  where the caches have to grow.
   """
 
   def __init__(
@@ -191,6 +194,8 @@ class _Decoding:
     longest = int(sharding.agree_max(longest))
     self._bucket = prompts.find(sampler.buckets, longest)
     length = draws.max_completion_length
+    self._sizes = list(widths(length))
+    self._columns = self._sizes.pop(0)  # of the caches
     rows = (len(questions), group)
     self._rollout = Rollout(
       completion_ids=np.full((*rows, length), sampler.pad_id, np.int32),
@@ -207,9 +212,10 @@ class _Decoding:
       self._clock = jnp.int32(0)
       blocks = np.tile(np.arange(at_once), (self._shards, 1))
       self._slots = self._prefill(blocks)
-      with self._compiles("caches", (at_once * shards, group)):
+      shape = (at_once * shards, group)
+      with self._compiles("caches", shape, columns=self._columns):
         self._caches = programs.empty_caches(
-          self._program, (at_once * shards, group)
+          self._program, (*shape, self._columns)
         )
       self._decode()
 
@@ -218,30 +224,42 @@ class _Decoding:
     with sharding.use(self._sampler.mesh):
       while True:
         ended = self._split(sharding.to_host(self._slots.ended))
-        self._collect(ended)
-        left = (~ended).sum((1, 2)).max()
-        if self._waiting < self._each:
-          self._admit(ended)
-        elif int(sharding.agree_max(left)) == 0:
-          return self._rollout
-        else:
-          self._regroup(ended)
+        if self._fit(~ended, self._goal):
+          self._collect(ended)
+          left = (~ended).sum((1, 2)).max()
+          if self._waiting < self._each:
+            self._admit(ended)
+          elif int(sharding.agree_max(left)) == 0:
+            return self._rollout
+          else:
+            self._regroup(ended)
+        if self._sizes and int(self._clock) == self._columns:
+          self._grow()
         self._decode()
 
   def _split(self, x: np.ndarray) -> np.ndarray:
     """[B ...] -> [S B/S ...] of this host."""
     return x.reshape(self._shards, -1, *x.shape[1:])
 
-  def _decode(self) -> None:
-    """Until there is room to admit, or few enough are left for fewer blocks."""
+  @property
+  def _goal(self) -> tuple[int, int]:
+    """Blocks and slots that hold the live rows once decoding is to stop.
+
+    Then there is room to admit, or few enough are left for fewer blocks.
+    """
     if self._waiting < self._each:
-      width, enough = self._shape[1], self._shape[0] - self._fresh
-    else:
-      enough, width = self._ladder[0] if self._ladder else (0, 1)
-    with self._compiles("decode", self._slots.ended.shape):
+      return self._shape[0] - self._fresh, self._shape[1]
+    return self._ladder[0] if self._ladder else (0, 1)
+
+  def _decode(self) -> None:
+    """To the goal, or until the caches are full."""
+    enough, width = self._goal
+    shape = self._slots.ended.shape
+    with self._compiles("decode", shape, columns=self._columns):
       self._slots, self._caches, self._clock = programs.decode(
         self._program,
         self._each,
+        self._columns,
         self._weights.decode,
         self._sampler.banned,
         self._slots,
@@ -302,6 +320,15 @@ class _Decoding:
         self._clock,
       )
 
+  def _grow(self) -> None:
+    """The caches get the next size."""
+    columns = self._sizes.pop(0)
+    with self._compiles(
+      "grow", self._slots.ended.shape, columns=self._columns, to=columns
+    ):
+      self._caches = programs.grow(self._caches, columns)
+    self._columns = columns
+
   def _admit(self, ended: np.ndarray) -> None:
     """Fresh questions take the place of blocks that have ended."""
     order = np.argsort(~ended.all(-1), axis=1, kind="stable")
@@ -318,7 +345,7 @@ class _Decoding:
     """The rows that are left go on in the smallest shape that holds them."""
     live = ~ended
     shape = self._shape
-    while self._ladder and self._needs(live, self._ladder[0]):
+    while self._ladder and self._fit(live, self._ladder[0]):
       shape = self._ladder.pop(0)
     blocks = np.zeros((self._shards, shape[0]), np.int32)
     rows = np.full((self._shards, *shape), -1, np.int32)
@@ -338,6 +365,7 @@ class _Decoding:
     with self._compiles(
       "regroup",
       self._slots.ended.shape,
+      columns=self._columns,
       to_blocks=self._program.shards * shape[0],
       to_slots=shape[1],
     ):
@@ -349,7 +377,7 @@ class _Decoding:
         self._place(rows),
       )
 
-  def _needs(self, live: np.ndarray, shape: tuple[int, int]) -> bool:
+  def _fit(self, live: np.ndarray, shape: tuple[int, int]) -> bool:
     """Whether the live rows fit in a shape, on all hosts."""
     most = 0
     for s in range(self._shards):
@@ -428,6 +456,20 @@ def ladder(
     rows = -(-rows // shrink)
     width = max(rows // questions, 1)
     yield -(-rows // width), width
+
+
+def widths(length: int, *, narrowest: int | None = None) -> Iterator[int]:
+  """Columns that the caches have one after the other; each is twice the last.
+
+  Args:
+    length: the longest completion's, the last of them.
+    narrowest: the first; None: the backend's.
+  """
+  columns = _NARROWEST[sharding.backend()] if narrowest is None else narrowest
+  while 3 * columns <= 2 * length:  # one little below the longest saves little
+    yield columns
+    columns *= 2
+  yield length
 
 
 def _chunks(x: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -2,7 +2,9 @@
 
 Completions decode in B blocks of W slots; those of a block answer one question
 and read one copy of its prompt. All write the same column of a ring of C
-columns, whenever they began, so that no write is a scatter.
+columns, whenever they began, so that no write is a scatter. The ring of the
+caches has fewer columns, c, until as many are written: what a step reads of
+them it reads whole.
 """
 
 import dataclasses
@@ -204,16 +206,41 @@ def _read(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def empty_caches(program: Program, shape: tuple[int, int]) -> list[KVCache]:
-  """Buffers for the completions of B blocks of W slots, [B K W C H] a layer."""
-  length = program.draws.max_completion_length
-  return program.network.init_cache(*shape, length)
+def empty_caches(
+  program: Program, shape: tuple[int, int, int]
+) -> list[KVCache]:
+  """For completions of B blocks of W slots, c columns: [B K W c H] a layer."""
+  return program.network.init_cache(*shape)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(4, 5))
+def grow(caches: list[KVCache], columns: int) -> list[KVCache]:
+  """The caches with more columns; used up, one layer at a time as in `regroup`.
+
+  Args:
+    caches: in which every column is written, and none for a second time.
+    columns: to have.
+  """
+  for i in range(len(caches)):
+    caches[i] = jax.block_until_ready(grow_layer(caches[i], columns))
+  return caches
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def grow_layer(completion: KVCache, columns: int) -> KVCache:
+  """Keys and values of one layer: [B K W c H]."""
+
+  def widen(x: Array) -> Array:
+    wider = jnp.zeros((*x.shape[:3], columns, x.shape[4]), x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(wider, x, 0, axis=3)
+
+  return kv_cache.laid(jax.tree.map(widen, completion))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(5, 6))
 def decode(
   program: Program,
   questions: int,
+  columns: int,
   weights: Params,
   banned: Bool[Array, " V"],
   slots: Slots,
@@ -222,11 +249,12 @@ def decode(
   width: Int[Array, ""],
   enough: Int[Array, ""],
 ) -> tuple[Slots, list[KVCache], Int[Array, ""]]:
-  """Decodes until the live rows fit in fewer blocks, or none is left.
+  """Decodes until the live rows fit in fewer blocks, or the caches are full.
 
   Args:
     program: what is static.
     questions: of a data shard, in all.
+    columns: c, of the caches. With all C they are a ring, and never full.
     weights: of `unstack`.
     banned: ids that cannot be drawn.
     slots: donated.
@@ -240,7 +268,7 @@ def decode(
   """
   network = program.network
   head = network.head(weights)
-  length = program.draws.max_completion_length
+  ring = columns == program.draws.max_completion_length
   owner = slots.question.reshape(program.shards, -1, 1) == jnp.broadcast_to(
     jnp.arange(questions), (program.shards, 1, questions)
   )
@@ -249,7 +277,7 @@ def decode(
     live = (~state[0].ended).sum(-1).reshape(program.shards, -1, 1)
     counts = jnp.where(owner, live, 0).sum(1)  # of each question
     blocks = (-(-counts // width)).sum(-1).max()
-    return blocks > enough
+    return (blocks > enough) & (ring | (state[2] < columns))
 
   def turn(slots: Slots, clock: jax.Array) -> Turns:
     age = clock - slots.begun  # tokens before the one that is fed
@@ -258,8 +286,9 @@ def decode(
   def step(state: Any) -> Any:
     slots, caches, clock, turns = state
     age = clock - slots.begun
-    columns = jnp.arange(length)[None]
-    written = jnp.broadcast_to((clock - columns) % length, (age.size, length))
+    column = clock % columns
+    since = (clock - jnp.arange(columns)[None]) % columns
+    written = jnp.broadcast_to(since, (age.size, columns)) <= age[:, None]
     hidden, caches = network.decode(
       weights,
       slots.last,
@@ -267,8 +296,8 @@ def decode(
       slots.prompts,
       slots.prompt_mask,
       caches,
-      written <= age[:, None],
-      clock % length,
+      written,
+      column,
     )
     clock += 1
     slots = _write(program, slots, head, banned, hidden, clock)
@@ -363,13 +392,13 @@ def regroup_layer(
   blocks: Int[Array, " b"],
   rows: Int[Array, "b w"],
 ) -> tuple[KVCache, KVCache]:
-  """Keys and values of one layer: [B K P H] and [B K W C H]."""
+  """Keys and values of one layer: [B K P H] and [B K W c H]."""
 
   def of_rows(x: Array) -> Array:
     width = x.shape[2]
 
     def own(x: Array, rows: Array) -> Array:
-      return x[rows // width, :, rows % width]  # [b w K C H]
+      return x[rows // width, :, rows % width]  # [b w K c H]
 
     taken = jax.vmap(own)(_split(program, x), _split(program, rows))
     return jnp.swapaxes(taken.reshape(*rows.shape, -1, *x.shape[3:]), 1, 2)

@@ -50,7 +50,7 @@ LENGTHS = Lengths(
   visual=32,
   most_visual=128,
   completion=64,
-  longest_completion=256,
+  longest_completion=512,
 )
 
 
@@ -61,7 +61,7 @@ def make_plan(topology: str, *, tensor: int, slots: int) -> Plan:
   stage = config["stages"]["visual_perception"]
   stage |= {"rollout_questions": 16, "update_questions": 16}
   stage |= {"updates_per_rollout": 2, "microbatch_tokens": 2048}
-  stage |= {"max_completion_length": 256, "num_completions": 4}
+  stage |= {"max_completion_length": 512, "num_completions": 4}
   config["inputs"]["max_prompt_length"] = 256
   family = find_family("qwen2_5_vl")
   architecture = family.Config.from_hf(
@@ -103,6 +103,8 @@ def test_every_program_of_a_step_compiles_for_a_pod(plan):
     "tower",
     "prefill",
     "empty caches",
+    "decode: first columns",
+    "grow",
     "decode",
     "admit: prefill",
     "admit",

@@ -15,6 +15,7 @@ from jaxvlm import compiling
 from jaxvlm.filling import Known, sizes_of
 from jaxvlm.models import Network
 from jaxvlm.nn.decoder import Embeds
+from jaxvlm.plan import estimate
 from jaxvlm.rollout import sampler as sampler_module
 from jaxvlm.rollout import slots as slots_module
 from jaxvlm.rollout.sampler import Draws, Sampler
@@ -103,12 +104,13 @@ def test_the_mesh_does_not_matter(sample, make_mesh, questions, rollout, sizes):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("slots", [3, 12, 1000])
-def test_neither_slots_nor_the_order_of_refill_matter(
-  sample, make_mesh, questions, rollout, sizes, slots, monkeypatch
+@pytest.mark.parametrize(("slots", "columns"), [(3, 8), (12, 1), (1000, 2)])
+def test_neither_slots_nor_refill_nor_growth_matter(
+  sample, make_mesh, questions, rollout, sizes, slots, columns, monkeypatch
 ):
   """With 3 or 12 slots questions wait; in the end few rows are left."""
   monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
+  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", columns)
   found = sample(make_mesh(*sizes), questions, slots=slots)
   assert_same_completions(found, rollout)
 
@@ -133,9 +135,10 @@ def limited(rollout, limits):
   st.permutations(range(8)),
   st.sampled_from([5, 8]),
   st.booleans(),
+  st.sampled_from([1, 2, 3, 8]),
 )
-def test_limits_hold_through_refill_and_regrouping(
-  sample, mesh, questions, rollout, seed, slots, order, count, whole
+def test_limits_hold_through_refill_regrouping_and_growth(
+  sample, mesh, questions, rollout, seed, slots, order, count, whole, columns
 ):
   """Any lengths and questions, also whole ones that end at once."""
   order = order[:count]
@@ -145,6 +148,7 @@ def test_limits_hold_through_refill_and_regrouping(
     limits[[1, 3]] = 1
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(sampler_module._FEWEST, "cpu", 1)
+    patch.setitem(sampler_module._NARROWEST, "cpu", columns)
     found = sample(
       mesh, [questions[q] for q in order], limits=limits, slots=slots
     )
@@ -163,8 +167,9 @@ def test_the_shapes_of_every_program_are_counted(
 
   monkeypatch.setattr(compiling, "program", program)
   monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
+  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 4)
   sample(mesh, questions, slots=3)
-  jitted = {"prefill", "caches", "decode", "admit", "regroup"}
+  jitted = {"prefill", "caches", "decode", "grow", "admit", "regroup"}
   assert counted == jitted | {"encode"}
 
 
@@ -269,7 +274,8 @@ class Chain(Network):
     self, params, ids, position_ids, prompt_cache, mask, cache, written, column
   ):
     jax.debug.callback(
-      lambda *fed: FED.append(jax.device_get(fed)), ids, position_ids, column
+      lambda *fed: FED.append(jax.device_get(fed)),
+      *(ids, position_ids, column, written),
     )
     return jax.nn.one_hot(ids, VOCAB), cache
 
@@ -277,7 +283,7 @@ class Chain(Network):
     return params["table"]
 
 
-FED = []  # (ids, position_ids, column) of every decode step
+FED = []  # (ids, position_ids, column, written) of every decode step
 
 
 @pytest.fixture
@@ -377,6 +383,78 @@ def test_ended_rows_stop_costing(chain, monkeypatch):
   assert [ids.shape for ids, *_ in FED] == [(4, 4), *[(4, 1)] * 3, (1, 1)]
 
 
+def test_caches_grow_as_their_columns_are_written(chain, monkeypatch):
+  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 2)
+  rollout = chain(table_of([2, 3, 4, 5, 2]), [2, 3], max_completion_length=10)
+  assert rollout.completion_mask.all()
+  # The last of ten tokens is drawn, and never fed.
+  columns = [2] * 2 + [4] * 2 + [10] * 5
+  assert [written.shape for *_, written in FED] == [(2, c) for c in columns]
+  for step, (*_, column, written) in enumerate(FED):
+    assert column == step
+    np.testing.assert_array_equal(
+      written, np.arange(columns[step]) <= np.full((2, 1), step)
+    )
+
+
+def test_a_ring_of_all_columns_is_never_full(chain, monkeypatch):
+  """Questions one after the other: 3 + 2 + 5 fed tokens through six columns."""
+  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 2)
+  limits = np.array([[4, 4], [3, 3], [6, 6]], np.int32)
+  rollout = chain(table_of([2, 3, 4, 5, 2]), [2, 3, 4], slots=2, limits=limits)
+  np.testing.assert_array_equal(rollout.completion_mask.sum(-1), limits)
+  columns = [2] * 2 + [4] * 2 + [6] * 6
+  assert [written.shape for *_, written in FED] == [(1, c) for c in columns]
+  seen = [written.sum() for *_, written in FED]
+  assert seen == [1, 2, 3, 1, 2, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("slots", [0, 6, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plan_foresees_the_shapes_that_decode(
+  chain, monkeypatch, slots, seed
+):
+  monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
+  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 2)
+  limits = np.random.default_rng(seed).integers(2, 11, (6, 2))
+  limits[-1] = 10
+  chain(
+    table_of([2, 3, 4, 5, 2]),
+    [2, 3, 4, 2, 3, 4],
+    slots=slots,
+    max_completion_length=10,
+    limits=limits.astype(np.int32),
+  )
+  at_once, fresh = sampler_module.in_flight(slots, shards=1, each=6, group=2)
+  steps = estimate.decode_steps(
+    *(limits - 1, at_once, fresh),  # the first token is the prefill's
+    list(sampler_module.ladder(6, (at_once, 2))),
+  )
+  expected = [
+    (blocks, width, columns)
+    for blocks, width, columns, tokens in estimate.with_columns(steps, 10)
+    for _ in range(tokens)
+  ]
+  assert [
+    (*ids.shape, written.shape[1]) for ids, *_, written in FED
+  ] == expected
+
+
+@pytest.mark.parametrize(
+  ("length", "expected"),
+  [
+    (2048, [256, 512, 1024, 2048]),
+    (1000, [256, 512, 1000]),
+    (767, [256, 767]),
+    (384, [256, 384]),
+    (383, [383]),
+    (1, [1]),
+  ],
+)
+def test_caches_double_until_they_hold_the_longest(length, expected):
+  assert list(sampler_module.widths(length, narrowest=256)) == expected
+
+
 def test_a_question_that_waits_takes_the_place_of_one_that_ended(chain):
   """Two blocks for four questions, the first of which ends first."""
   limits = np.array([[2, 2], [6, 6], [3, 3], [2, 2]], np.int32)
@@ -397,7 +475,7 @@ def test_a_question_that_waits_takes_the_place_of_one_that_ended(chain):
 
 def test_each_step_feeds_the_token_and_the_position_that_follow(chain):
   chain(table_of([2, 3, 4, 5, 2]), [2])
-  for c, (ids, position_ids, column) in enumerate(FED):
+  for c, (ids, position_ids, column, _) in enumerate(FED):
     assert column == c
     np.testing.assert_array_equal(ids, [[[3, 4, 5, 2][c % 4]] * 2])
     np.testing.assert_array_equal(position_ids, np.full((3, 1, 1), 42 + c))

@@ -58,7 +58,7 @@ def lowered(network):
   """decode lowered, for shapes in which nothing else is as large."""
   caches = jax.eval_shape(lambda: network.init_cache(B, W, C))
   arguments = (
-    *(B, jax.eval_shape(network.unstack, network.shapes())),
+    *(B, C, jax.eval_shape(network.unstack, network.shapes())),
     shape(network.config.vocab_size, dtype=bool),
     make_slots(caches),
     caches,
@@ -69,7 +69,7 @@ def lowered(network):
     program = make_program(network, top_k=top_k, top_p=top_p)
     function = slots.decode
     if not donated:
-      function = jax.jit(slots.decode.__wrapped__, static_argnums=(0, 1))
+      function = jax.jit(slots.decode.__wrapped__, static_argnums=(0, 1, 2))
     return function.lower(program, *arguments)
 
   return lower
@@ -115,6 +115,33 @@ def test_the_vocabulary_is_sorted_where_filters_ask_for_it_alone(lowered):
   )
   assert "stablehlo.sort" not in plain and "chlo.top_k" not in plain
   assert "stablehlo.sort" in nucleus and "chlo.top_k" in few
+
+
+def test_growing_keeps_what_is_written_and_holds_one_layer_twice(
+  network, monkeypatch
+):
+  random = np.random.default_rng(0)
+  caches = jax.tree.map(
+    lambda x: jnp.asarray(random.normal(size=x.shape), x.dtype),
+    jax.eval_shape(lambda: network.init_cache(B, W, C)),
+  )
+  like = jax.tree.leaves(caches)[0].shape
+  old, held = jax.tree.map(np.array, caches), []
+
+  def grow_layer(*args):
+    held.append(len([x for x in jax.live_arrays() if x.shape == like]))
+    return original(*args)
+
+  original = slots.grow_layer
+  monkeypatch.setattr(slots, "grow_layer", grow_layer)
+  found = slots.grow(caches, 2 * C)
+  number = network.config.text_config.num_hidden_layers
+  assert held == [2 * left for left in range(number, 0, -1)]
+  for before, after in zip(
+    jax.tree.leaves(old), jax.tree.leaves(found), strict=True
+  ):
+    np.testing.assert_array_equal(after[..., :C, :], before)
+    assert not after[..., C:, :].any()
 
 
 def test_regrouping_never_holds_more_than_one_layer_twice(network, monkeypatch):
