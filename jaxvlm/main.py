@@ -20,6 +20,7 @@ from jaxvlm import (
   books,
   checkpoint,
   compiling,
+  heap,
   hosts,
   job,
   paths,
@@ -45,6 +46,7 @@ _NO_CONFIG = "jaxvlm: no --config; give one, as --config=configs/staged.py."
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     sys.exit(f"jaxvlm: unexpected arguments: {' '.join(argv[1:])}")
+  heap.keep()
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
   sys.unraisablehook = checkpoint.print_unraisable
   config = CONFIG.value.to_dict()

@@ -29,6 +29,7 @@ from jaxvlm import (
   annotations,
   checkpoint,
   compiling,
+  heap,
   hosts,
   job,
   main,
@@ -62,6 +63,7 @@ def run(argv: list[str]) -> None:
   config = main.CONFIG.value.to_dict()
   main.join("annotate", config)
   del config["workdir"]
+  heap.keep()
   compiling.keep(config.pop("compilation_cache"))
   output = paths.path(_OUTPUT.value)
   with hosts.together(), contextlib.ExitStack() as stack:

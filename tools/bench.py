@@ -55,7 +55,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from configs import common
-from jaxvlm import compiling, models, sharding
+from jaxvlm import compiling, heap, models, sharding
 from jaxvlm.data.processor import Processor
 from jaxvlm.data.vision_layout import (
   Layout,
@@ -642,6 +642,7 @@ def main() -> None:
     sys.exit(
       f"bench: {directory} has no inputs.npz; tools/bench_work.py makes it."
     )
+  heap.keep()
   compiling.keep(given.compilation_cache)
   lab = Lab.read(
     directory, microbatch_tokens=given.microbatch_tokens, remat=given.remat

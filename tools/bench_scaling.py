@@ -50,7 +50,7 @@ from rich.table import Table
 # Where the other tools are.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from jaxvlm import compiling, models
+from jaxvlm import compiling, heap, models
 from jaxvlm.display import PLAIN_WIDTH, Display
 from jaxvlm.types import Question
 from tools import bench, bench_work, operations
@@ -607,6 +607,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     help="seconds to wait for a quiet machine, before a repetition",
   )
   given = parser.parse_args(arguments)
+  heap.keep()
   names = given.axes.split(",")
   for name in names:
     if name not in AXES:
