@@ -31,6 +31,6 @@ def keep() -> None:
 
 def _cpu_alone() -> bool:
   """Whether jax will find nothing but a CPU, told without asking it."""
-  if jax.config.jax_platforms:
-    return jax.config.jax_platforms == "cpu"
+  if platforms := jax.config.values["jax_platforms"]:
+    return platforms == "cpu"
   return not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))

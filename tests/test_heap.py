@@ -62,7 +62,7 @@ def test_the_heap_of_a_host_of_accelerators_stays_as_it_is(
   monkeypatch, platforms, installed, expected
 ):
   found = []
-  config = SimpleNamespace(jax_platforms=platforms)
+  config = SimpleNamespace(values={"jax_platforms": platforms})
   monkeypatch.setattr(heap, "jax", SimpleNamespace(config=config))
   monkeypatch.setattr(
     *(importlib.util, "find_spec"), lambda name: name in installed or None
