@@ -57,6 +57,7 @@ SIZES = {
   "tiny": Sizes(questions=8, group=8, length=64),
   "small": Sizes(questions=4, group=8, length=64),
   "medium": Sizes(questions=2, group=8, length=32),
+  "long": Sizes(questions=8, group=8, length=1024),
   "gpu": Sizes(questions=8, group=8, length=256),
   "gpu-512": Sizes(questions=64, group=8, length=256),
 }
