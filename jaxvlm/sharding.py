@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -252,6 +253,15 @@ def whole(mesh: Mesh, shapes: Any, axes: Any) -> dict[str, list[int]]:
 
   jax.tree.map(look, shapes, axes)
   return {axis: sorted(sizes) for axis, sizes in found.items()}
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes on one device of arrays, or of shapes that are placed."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
+    * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

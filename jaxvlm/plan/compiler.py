@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxvlm import sharding
 from jaxvlm.plan.hlo import Cost, Module
 
 
@@ -180,12 +181,10 @@ def memory(compiled: Any, reports: pathlib.Path) -> Memory:
 
 
 def size(tree: Any) -> int:
-  """Bytes of arrays on one chip."""
-  total = 0
-  for x in jax.tree.leaves(tree):
-    if isinstance(x, jax.ShapeDtypeStruct):
-      total += int(np.prod(_shard(x))) * x.dtype.itemsize
-  return total
+  """Bytes of arrays on one chip; what is none counts nothing."""
+  return sharding.device_bytes(
+    [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
+  )
 
 
 def _shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:

@@ -69,12 +69,16 @@ def estimate(
 ) -> Estimate:
   """The time of a step of the stage at the run's mean lengths."""
   named = {one.name: one for one in compiled}
-  counts = calls(run)
+  refills = "admit" in named
+  counts = calls(run, refills=refills)
   attention = attention_flops(run)
   programs = []
   for one in compiled:
     if one.name == "decode":
-      programs.append(_decoding(run, one, named.get(FIRST_COLUMNS, one), chip))
+      first = named.get(FIRST_COLUMNS, one)
+      programs.append(
+        _decoding(decoded(run, refills=refills), run, one, first, chip)
+      )
     elif count := counts.get(one.name, 0.0):
       more = attention.get(one.name, 0.0)
       programs.append(
@@ -100,7 +104,13 @@ def _seconds(one: Compiled, chip: Chip, flops: float = 0.0) -> dict[str, float]:
   }
 
 
-def _decoding(run: Run, full: Compiled, first: Compiled, chip: Chip) -> Timed:
+def _decoding(
+  steps: Sequence[tuple[int, int, int, int]],
+  run: Run,
+  full: Compiled,
+  first: Compiled,
+  chip: Chip,
+) -> Timed:
   """All tokens of a step, the mean of those in each shape of rows and caches.
 
   A shape of fewer rows reads the weights as before and less of the caches; what
@@ -113,7 +123,7 @@ def _decoding(run: Run, full: Compiled, first: Compiled, chip: Chip) -> Timed:
   ends = [
     (_seconds(one, chip), _weights_share(run, one)) for one in (first, full)
   ]
-  for blocks, slots, columns, tokens in decoded(run):
+  for blocks, slots, columns, tokens in steps:
     share = 1.0
     if len(widths) > 1:
       share = (columns - widths[0]) / (widths[-1] - widths[0])
@@ -126,8 +136,13 @@ def _decoding(run: Run, full: Compiled, first: Compiled, chip: Chip) -> Timed:
   return Timed(name=full.name, calls=count, **each)
 
 
-def calls(run: Run) -> Mapping[str, float]:
-  """How often each program runs in a step, all but decoding."""
+def calls(run: Run, *, refills: bool) -> Mapping[str, float]:
+  """How often each program runs in a step, all but decoding.
+
+  Args:
+    run: whose.
+    refills: as `sampler.refills` says.
+  """
   stage, lengths = run.stage, run.lengths
   updates = stage.updates_per_rollout
   micro = microbatches(run)[0].groups.shape[0] * updates
@@ -147,12 +162,13 @@ def calls(run: Run) -> Mapping[str, float]:
   if stage.kind == "sft":
     return found
   at_once, fresh = in_flight(run)
+  waves = -(-each // at_once)
   more = -(-(each - at_once) // fresh)
   return found | {
     "decode weights: around": 1,
     "decode weights": run.network.config.text_config.num_hidden_layers,
     "merger": lanes,
-    "prefill": 1,
+    "prefill": 1 if refills else waves,
     "admit: prefill": more,
     "admit": more,
     "logprobs": policies(run) * micro,
@@ -171,18 +187,20 @@ def in_flight(run: Run) -> tuple[int, int]:
   )
 
 
-def decoded(run: Run) -> list[tuple[int, int, int, int]]:
+def decoded(run: Run, *, refills: bool) -> list[tuple[int, int, int, int]]:
   """(blocks, slots, columns, tokens) of each shape of a data shard's decoding."""
   each = run.stage.rollout_questions // run.shards
   group = run.stage.num_completions
   at_once, fresh = in_flight(run)
-  steps = decode_steps(
-    batch.completion_lengths(each * group, run.lengths).reshape(group, each).T,
-    at_once,
-    fresh,
-    list(sampler.ladder(each, (at_once, group))),
-  )
-  return list(with_columns(steps, run.stage.max_completion_length))
+  lengths = batch.completion_lengths(each * group, run.lengths)
+  lengths = np.random.default_rng(0).permutation(lengths).reshape(each, group)
+  shapes = list(sampler.ladder(each, (at_once, group)))
+  together = each if refills else at_once
+  found = []
+  for i in range(0, each, together):
+    steps = decode_steps(lengths[i : i + together], at_once, fresh, shapes)
+    found += with_columns(steps, run.stage.max_completion_length)
+  return found
 
 
 def with_columns(

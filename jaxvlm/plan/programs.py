@@ -212,7 +212,8 @@ def _rollout(
     caches = grown
   state, caches, _ = decode("decode", widths[-1], state, caches)
   beside["decode weights"] = decode_weights
-  if at_once < each:
+  refills = sampler.refills(draws, decode_weights, state.prompts)
+  if at_once < each and refills:
     more, reads = _prompts(run, shown[:fresh], bucket)
     waits = {"slots": state, "caches": caches}
     waits |= {k: x for k, x in beside.items() if k != "policy"}

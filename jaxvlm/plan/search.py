@@ -101,10 +101,15 @@ def seconds(run: Run, chip: Chip) -> float:
   """
   network, stage = run.network, run.stage
   weights = compiler.size(programs.gathered(network, run.mesh))
+  blocks, _ = estimate.in_flight(run)
+  longest = stage.max_completion_length
+  caches = blocks * _block(run, stage.num_completions, longest)
   with sharding.use(run.mesh):
     found = sum(
       count * (weights + blocks * _block(run, slots, columns))
-      for blocks, slots, columns, count in estimate.decoded(run)
+      for blocks, slots, columns, count in estimate.decoded(
+        run, refills=caches <= weights
+      )
     )
   decode = found / chip.bandwidth
   plan = programs.microbatches(run)[0]

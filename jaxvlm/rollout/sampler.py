@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxvlm.encoder import Encoder
 from jaxvlm.filling import UNKNOWN, Known
 from jaxvlm.metrics import Metrics, add
 from jaxvlm.models import Network
+from jaxvlm.nn.kv_cache import KVCache
 from jaxvlm.rollout import prompts
 from jaxvlm.rollout import slots as programs
 from jaxvlm.rollout.slots import Draws, Program
@@ -158,9 +160,10 @@ class Sampler:
 class _Decoding:
   """One rollout under way: which row is whose, and what goes on in its place.
 
-  Blocks are admitted while questions wait; when none does and few rows are
-  left, those go on in fewer blocks. The host hears of the rows only then, and
-  where the caches have to grow.
+  Questions that wait take the place of those that have ended, or begin when all
+  have, with caches of few columns; see `refills`. When none is to come and few
+  rows are left, those go on in fewer blocks. The host hears of the rows only
+  then, and where the caches have to grow.
   """
 
   def __init__(
@@ -187,15 +190,11 @@ class _Decoding:
     at_once, self._fresh = in_flight(
       sampler.slots, shards=shards, each=each, group=group
     )
-    self._each = each
-    self._shape = (at_once, group)  # blocks of a data shard, slots
-    self._ladder = list(ladder(each, self._shape))
+    self._each, self._at_once = each, at_once
     longest = max(len(q.prompt_ids) for q in questions)
     longest = int(sharding.agree_max(longest))
     self._bucket = prompts.find(sampler.buckets, longest)
     length = draws.max_completion_length
-    self._sizes = list(widths(length))
-    self._columns = self._sizes.pop(0)  # of the caches
     rows = (len(questions), group)
     self._rollout = Rollout(
       completion_ids=np.full((*rows, length), sampler.pad_id, np.int32),
@@ -203,21 +202,33 @@ class _Decoding:
       truncated=np.ones(rows, bool),
       sampler_logprobs=np.zeros((*rows, length), np.float32),
     )
+    self._waiting = 0  # first question of a shard that was not admitted
+    self._slots: Any = None
+    self._caches: Any = None
+    with sharding.use(sampler.mesh):
+      self._begin()
+      self._refill = refills(draws, weights.decode, self._slots.prompts)
+      self._decode()
+
+  def _begin(self) -> None:
+    """Questions that wait begin from empty caches, as many as there may be."""
+    self._slots = self._caches = None  # no longer held
+    blocks, group = self._at_once, self._program.draws.num_completions
+    self._shape = (blocks, group)  # blocks of a data shard, slots
+    self._ladder = list(ladder(self._each, self._shape))
+    self._sizes = list(widths(self._program.draws.max_completion_length))
+    self._columns = self._sizes.pop(0)  # of the caches
     # The question of each block, of this host's, and the completion of each
     # slot; -1: nobody's.
-    self._owner = np.full((self._shards, at_once), -1)
-    self._member = np.tile(np.arange(group), (self._shards, at_once, 1))
-    self._waiting = 0  # first question of a shard that was not admitted
-    with sharding.use(sampler.mesh):
-      self._clock = jnp.int32(0)
-      blocks = np.tile(np.arange(at_once), (self._shards, 1))
-      self._slots = self._prefill(blocks)
-      shape = (at_once * shards, group)
-      with self._compiles("caches", shape, columns=self._columns):
-        self._caches = programs.empty_caches(
-          self._program, (*shape, self._columns)
-        )
-      self._decode()
+    self._owner = np.full((self._shards, blocks), -1)
+    self._member = np.tile(np.arange(group), (self._shards, blocks, 1))
+    self._clock = jnp.int32(0)
+    self._slots = self._prefill(np.tile(np.arange(blocks), (self._shards, 1)))
+    shape = (blocks * self._program.shards, group)
+    with self._compiles("caches", shape, columns=self._columns):
+      self._caches = programs.empty_caches(
+        self._program, (*shape, self._columns)
+      )
 
   def finish(self) -> Rollout:
     """Decodes to the end."""
@@ -227,12 +238,14 @@ class _Decoding:
         if self._fit(~ended, self._goal):
           self._collect(ended)
           left = (~ended).sum((1, 2)).max()
-          if self._waiting < self._each:
+          if self._admits:
             self._admit(ended)
-          elif int(sharding.agree_max(left)) == 0:
-            return self._rollout
-          else:
+          elif int(sharding.agree_max(left)):
             self._regroup(ended)
+          elif self._waiting < self._each:
+            self._begin()
+          else:
+            return self._rollout
         if self._sizes and int(self._clock) == self._columns:
           self._grow()
         self._decode()
@@ -242,12 +255,17 @@ class _Decoding:
     return x.reshape(self._shards, -1, *x.shape[1:])
 
   @property
+  def _admits(self) -> bool:
+    """Whether ended blocks make room for questions that wait."""
+    return self._refill and self._waiting < self._each
+
+  @property
   def _goal(self) -> tuple[int, int]:
     """Blocks and slots that hold the live rows once decoding is to stop.
 
     Then there is room to admit, or few enough are left for fewer blocks.
     """
-    if self._waiting < self._each:
+    if self._admits:
       return self._shape[0] - self._fresh, self._shape[1]
     return self._ladder[0] if self._ladder else (0, 1)
 
@@ -432,6 +450,29 @@ def in_flight(
   at_once = slots // (shards * group) if slots else each
   at_once = min(max(at_once, 1), each)
   return at_once, max(at_once // _SHRINK, 1)
+
+
+def refills(
+  draws: Draws, weights: Params, prompt_caches: list[KVCache]
+) -> bool:
+  """Whether waiting questions take the place of ended ones, or begin after all.
+
+  The former keeps all slots busy, so that fewer steps read the weights; but
+  soon some row is old wherever others begin, and each step reads caches of all
+  columns. So it is better where these are less than the weights.
+
+  Args:
+    draws: how many completions, and how long.
+    weights: that decoding reads; arrays, or shapes that are placed.
+    prompt_caches: of the questions that decode at once, likewise.
+  """
+  bytes_ = sharding.device_bytes
+  columns = draws.num_completions * draws.max_completion_length
+  caches = sum(
+    bytes_(cache) * (1 + columns / cache.keys.shape[2])
+    for cache in prompt_caches
+  )
+  return caches <= bytes_(weights)
 
 
 def ladder(

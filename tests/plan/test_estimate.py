@@ -60,7 +60,7 @@ def test_a_step_of_decoding_reads_as_many_columns_as_its_caches_have(
     (blocks, group, 2048, 3),
     (blocks // 2, group, 2048, 20),  # 40, and half of the other 1000
   ]
-  monkeypatch.setattr(estimate, "decoded", lambda run: shapes)
+  monkeypatch.setattr(estimate, "decoded", lambda run, refills: shapes)
   found = estimate.estimate(
     run,
     [compiled(FIRST_COLUMNS, 140.0), compiled("decode", 1040.0)],

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -103,12 +104,28 @@ def test_the_mesh_does_not_matter(sample, make_mesh, questions, rollout, sizes):
   assert_same_completions(sample(make_mesh(*sizes), questions), rollout)
 
 
+def choose(monkeypatch, refill):
+  monkeypatch.setattr(sampler_module, "refills", lambda *_: refill)
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize(("slots", "columns"), [(3, 8), (12, 1), (1000, 2)])
+@pytest.mark.parametrize(
+  ("slots", "columns", "refill"),
+  [(3, 8, True), (12, 1, True), (12, 2, False), (1000, 2, True)],
+)
 def test_neither_slots_nor_refill_nor_growth_matter(
-  sample, make_mesh, questions, rollout, sizes, slots, columns, monkeypatch
+  sample,
+  make_mesh,
+  questions,
+  rollout,
+  sizes,
+  slots,
+  columns,
+  refill,
+  monkeypatch,
 ):
   """With 3 or 12 slots questions wait; in the end few rows are left."""
+  choose(monkeypatch, refill)
   monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
   monkeypatch.setitem(sampler_module._NARROWEST, "cpu", columns)
   found = sample(make_mesh(*sizes), questions, slots=slots)
@@ -136,9 +153,20 @@ def limited(rollout, limits):
   st.sampled_from([5, 8]),
   st.booleans(),
   st.sampled_from([1, 2, 3, 8]),
+  st.booleans(),
 )
 def test_limits_hold_through_refill_regrouping_and_growth(
-  sample, mesh, questions, rollout, seed, slots, order, count, whole, columns
+  sample,
+  mesh,
+  questions,
+  rollout,
+  seed,
+  slots,
+  order,
+  count,
+  whole,
+  columns,
+  refill,
 ):
   """Any lengths and questions, also whole ones that end at once."""
   order = order[:count]
@@ -149,6 +177,7 @@ def test_limits_hold_through_refill_regrouping_and_growth(
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(sampler_module._FEWEST, "cpu", 1)
     patch.setitem(sampler_module._NARROWEST, "cpu", columns)
+    choose(patch, refill)
     found = sample(
       mesh, [questions[q] for q in order], limits=limits, slots=slots
     )
@@ -168,6 +197,7 @@ def test_the_shapes_of_every_program_are_counted(
   monkeypatch.setattr(compiling, "program", program)
   monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
   monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 4)
+  choose(monkeypatch, refill=True)
   sample(mesh, questions, slots=3)
   jitted = {"prefill", "caches", "decode", "grow", "admit", "regroup"}
   assert counted == jitted | {"encode"}
@@ -409,11 +439,21 @@ def test_a_ring_of_all_columns_is_never_full(chain, monkeypatch):
   assert seen == [1, 2, 3, 1, 2, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("slots", [0, 6, 2])
-@pytest.mark.parametrize("seed", range(3))
+class Unshuffled:
+  def permutation(self, x):
+    return x
+
+
+@pytest.mark.parametrize(
+  ("slots", "refill"),
+  [(0, True), (6, True), (2, True), (6, False), (8, False), (2, False)],
+)
+@pytest.mark.parametrize("seed", range(2))
 def test_a_plan_foresees_the_shapes_that_decode(
-  chain, monkeypatch, slots, seed
+  chain, monkeypatch, slots, refill, seed
 ):
+  """Also where the last wave has fewer questions."""
+  choose(monkeypatch, refill)
   monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
   monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 2)
   limits = np.random.default_rng(seed).integers(2, 11, (6, 2))
@@ -425,14 +465,18 @@ def test_a_plan_foresees_the_shapes_that_decode(
     max_completion_length=10,
     limits=limits.astype(np.int32),
   )
-  at_once, fresh = sampler_module.in_flight(slots, shards=1, each=6, group=2)
-  steps = estimate.decode_steps(
-    *(limits - 1, at_once, fresh),  # the first token is the prefill's
-    list(sampler_module.ladder(6, (at_once, 2))),
+  stage = SimpleNamespace(
+    rollout_questions=6, num_completions=2, max_completion_length=10
   )
+  run = SimpleNamespace(stage=stage, shards=1, slots=slots, lengths=None)
+  # As they are drawn, not shuffled; the first token is the prefill's.
+  monkeypatch.setattr(
+    estimate.batch, "completion_lengths", lambda *_: limits.ravel() - 1
+  )
+  monkeypatch.setattr(np.random, "default_rng", lambda _: Unshuffled())
   expected = [
     (blocks, width, columns)
-    for blocks, width, columns, tokens in estimate.with_columns(steps, 10)
+    for blocks, width, columns, tokens in estimate.decoded(run, refills=refill)
     for _ in range(tokens)
   ]
   assert [
@@ -471,6 +515,39 @@ def test_a_question_that_waits_takes_the_place_of_one_that_ended(chain):
   # Question 1's five steps hide the one of 0, the two of 2 and the one of 3.
   assert len(FED) == 5
   assert all(ids.shape == (2, 2) for ids, *_ in FED)
+
+
+def test_questions_that_wait_begin_with_few_columns_when_all_have_ended(
+  chain, monkeypatch
+):
+  choose(monkeypatch, refill=False)
+  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 2)
+  limits = np.array([[2, 2], [4, 4], [3, 3]], np.int32)
+  rollout = chain(table_of([2, 3, 4, 5, 2]), [2, 3, 4], slots=4, limits=limits)
+  np.testing.assert_array_equal(rollout.completion_mask.sum(-1), limits)
+  shapes = [(ids.shape, written.shape[1]) for ids, *_, written in FED]
+  # The last question is alone in its wave of two blocks.
+  assert shapes == [((2, 2), c) for c in (2, 2, 4, 2, 2)]
+  assert [int(column) for _, _, column, _ in FED] == [0, 1, 2, 0, 1]
+
+
+def test_questions_take_the_place_of_ended_ones_where_weights_are_most(
+  network, draws
+):
+  """A question's caches: 7 columns of its prompt, and 3 x 8 of completions."""
+  caches = [
+    jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((*x.shape[:2], 7, x.shape[4]), x.dtype),
+      cache,
+    )
+    for cache in jax.eval_shape(lambda: network.init_cache(2, 1, 7))
+  ]
+  assert (draws.num_completions, draws.max_completion_length) == (3, 8)
+  numbers = sum(x.size for x in jax.tree.leaves(caches))
+  bytes_ = 4 * numbers // 7 * (7 + 3 * 8)
+  for weights, expected in ((bytes_, True), (bytes_ - 1, False)):
+    like = jax.ShapeDtypeStruct((weights,), jnp.int8)
+    assert sampler_module.refills(draws, {"w": like}, caches) == expected
 
 
 def test_each_step_feeds_the_token_and_the_position_that_follow(chain):
