@@ -196,7 +196,7 @@ def decoded(run: Run, *, refills: bool) -> list[tuple[int, int, int, int]]:
   lengths = np.random.default_rng(0).permutation(lengths).reshape(each, group)
   shapes = list(sampler.ladder(each, (at_once, group)))
   together = each if refills else at_once
-  found = []
+  found: list[tuple[int, int, int, int]] = []
   for i in range(0, each, together):
     steps = decode_steps(lengths[i : i + together], at_once, fresh, shapes)
     found += with_columns(steps, run.stage.max_completion_length)

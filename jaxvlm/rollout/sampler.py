@@ -166,6 +166,9 @@ class _Decoding:
   then, and where the caches have to grow.
   """
 
+  _slots: Any
+  _caches: Any
+
   def __init__(
     self,
     sampler: Sampler,
@@ -203,8 +206,6 @@ class _Decoding:
       sampler_logprobs=np.zeros((*rows, length), np.float32),
     )
     self._waiting = 0  # first question of a shard that was not admitted
-    self._slots: Any = None
-    self._caches: Any = None
     with sharding.use(sampler.mesh):
       self._begin()
       self._refill = refills(draws, weights.decode, self._slots.prompts)
