@@ -57,8 +57,8 @@ def answer(
 ) -> Iterator[Answered]:
   """Samples and scores batches, in their order.
 
-  The device samples a batch while the host scores the one before it and
-  prepares the one after it.
+  The device samples a batch, as far as `Sampler.start` does, while the host
+  scores the one before it and prepares the one after it.
 
   Args:
     batches: taken one ahead of what is given.

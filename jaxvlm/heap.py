@@ -30,7 +30,10 @@ def keep() -> None:
 
 
 def _cpu_alone() -> bool:
-  """Whether jax will find nothing but a CPU, told without asking it."""
+  """Whether jax can find nothing but a CPU, told without asking it.
+
+  JAX_PLATFORMS says so, or no plugin for another device is installed.
+  """
   if platforms := jax.config.values["jax_platforms"]:
     return platforms == "cpu"
   return not any(map(importlib.util.find_spec, ("jax_plugins", "libtpu")))

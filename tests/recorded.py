@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxvlm import learner, main, train
-from jaxvlm.rollout import sampler
+from jaxvlm.rollout import schedule
 
 _roll_out, _learn = train.roll_out, train.learn
 _sampling_weights, _add_gradient = train.sampling_weights, learner.add_gradient
@@ -45,6 +45,8 @@ def roll_out(stage, sampler, weights, questions, key):
   host, place = jax.process_index(), sampled()
   number = len(list(place.glob(f"*.host{host}.npz")))
   mishap(host, number)
+  # Where questions wait: they take others' places, and in the next step not.
+  schedule.refills = lambda *_: number % 2 == 0
   rollout = _roll_out(stage, sampler, weights, questions, key)
   np.savez(
     place / f"{number}.host{host}.npz",
@@ -83,7 +85,7 @@ def mishap(host, number):
 
 if __name__ == "__main__":
   if columns := os.environ.get("NARROWEST"):
-    sampler._NARROWEST["cpu"] = int(columns)
+    schedule._NARROWEST["cpu"] = int(columns)
   train.roll_out, train.learn = roll_out, learn
   train.sampling_weights, learner.add_gradient = sampling_weights, add_gradient
   main.cli()

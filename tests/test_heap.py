@@ -45,9 +45,10 @@ def test_temporaries_are_mapped_once_and_not_for_each_call():
     )
     faults[how] = int(done.stdout)
   assert faults["map"] > 0.9 * PAGES
-  assert faults["keep"] < 0.7 * PAGES  # where malloc aligns, few fit
+  assert faults["keep"] < 0.7 * PAGES  # some fit no gap
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="it is glibc's")
 @pytest.mark.parametrize(
   ("platforms", "installed", "expected"),
   [

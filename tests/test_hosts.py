@@ -36,6 +36,7 @@ MESHES = {
 }
 PAIR = ((2, 1, 1), 2)  # is only disturbed
 EVALUATED = ("one", "hosts")
+SLOTS = 16  # a question of four completions in each of four data shards
 # Two steps of one stage, with pictures and without anything that costs time.
 SMALL = (
   "schedule=('perceive',)",
@@ -80,6 +81,7 @@ def begin_fixture(launch, project, eight_heads):
     env["XLA_FLAGS"] = launch.env["XLA_FLAGS"] + flags
     if mesh != "one":
       env["NARROWEST"] = "4"
+    slots = SLOTS if mesh in ("mixed", "hosts") else 0
     axes = zip(("data", "fsdp", "tensor"), sizes, strict=True)
     shape = [f"mesh.{axis}={size}" for axis, size in axes]
     every = f"checkpoint.every={1 if mesh == 'mixed' else 2}"
@@ -90,6 +92,7 @@ def begin_fixture(launch, project, eight_heads):
       f"evaluation.capabilities={asked}",
       rows,
       eight_heads,
+      f"sampler.slots={slots}",
       f"workdir={workdir}",
       *shape,
       *argv,

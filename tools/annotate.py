@@ -61,9 +61,9 @@ def run(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   sys.unraisablehook = checkpoint.print_unraisable
   config = main.CONFIG.value.to_dict()
+  heap.keep()
   main.join("annotate", config)
   del config["workdir"]
-  heap.keep()
   compiling.keep(config.pop("compilation_cache"))
   output = paths.path(_OUTPUT.value)
   with hosts.together(), contextlib.ExitStack() as stack:

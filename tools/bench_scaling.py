@@ -118,7 +118,7 @@ LAWS: dict[str, tuple[Law, ...]] = {
     Law("update", "mb", power=1, says="linear in tokens", of="tokens"),
   ),
   "completion": (
-    # Each step reads all columns of the completions' keys.
+    # Each step reads at most twice the columns that are written, mostly.
     Law("rollout", "s", power=1, says="linear in them", of="operations"),
     Law("rollout", "mb", power=1, says="linear"),
     Law("update", "s", power=1, says="linear in them", of="operations"),

@@ -18,11 +18,12 @@ and reading costs nothing; measure your own with `tools/bench.py`.
 
 With `--slots` fewer rows decode at once:
 
-  waves     the next questions begin when the last row of these has ended,
-            which go on in fewer blocks as in quarters
-  refill    they take the place of questions that have ended: what the sampler
-            does. It costs less than waves where a step's own cost, of
-            reading the weights, is most, and more where that of rows is
+  waves     when all of these have ended, the next questions begin; each time
+            rows go on in fewer blocks as in quarters
+  refill    the next take the place of questions that have ended. It costs less
+            than waves where a step's own cost, of reading the weights, is
+            most, and more where that of rows is; the sampler does it where
+            full caches would be less than the weights
 """
 
 import argparse
@@ -34,7 +35,7 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from jaxvlm.rollout.sampler import ladder, widths
+from jaxvlm.rollout.schedule import cache_columns, ladder
 
 Lengths = Int[np.ndarray, "Q G"]
 Shapes = set[tuple[int, int]]  # rows, columns; a program decodes each
@@ -83,6 +84,7 @@ def shrinking(
   shrink: int,
   sizes: Sequence[int],
   clock: int = 0,
+  each: int = 0,
 ) -> tuple[float, Shapes]:
   """Milliseconds, and the shapes that decode.
 
@@ -92,12 +94,13 @@ def shrinking(
     shrink: how many times fewer rows the next shape has; 0: none follows.
     sizes: columns of caches, one after the other.
     clock: steps that these have seen.
+    each: questions in all; 0: these.
   """
   questions, group = lengths.shape
   shapes = []
   if shrink:
     shapes = list(
-      ladder(questions, (questions, group), shrink=shrink, fewest=1)
+      ladder(each or questions, (questions, group), shrink=shrink, fewest=1)
     )
   total, rows, found = 0.0, questions * group, set()
   for step in range(lengths.max()):
@@ -117,7 +120,9 @@ def waves(
 ) -> tuple[float, Shapes]:
   """Milliseconds, and the shapes that decode; questions begin in their order."""
   runs = [
-    shrinking(lengths[i : i + at_once], cost, QUARTERS, sizes)
+    shrinking(
+      *(lengths[i : i + at_once], cost, QUARTERS, sizes), each=len(lengths)
+    )
     for i in range(0, len(lengths), at_once)
   ]
   return sum(total for total, _ in runs), set().union(*(s for _, s in runs))
@@ -141,7 +146,9 @@ def refill(
       total += cost.of(rows, columns)
       left, clock = left - 1, clock + 1
   tail, shapes = shrinking(
-    np.maximum(left, 0), cost, QUARTERS, sizes, clock=clock
+    *(np.maximum(left, 0), cost, QUARTERS, sizes),
+    clock=clock,
+    each=len(lengths),
   )
   return total + tail, found | shapes
 
@@ -154,7 +161,7 @@ def compare(
 ) -> dict[str, tuple[float, float]]:
   """Mean milliseconds and number of shapes of each schedule."""
   longest = int(max(x.max() for x in batches))
-  sizes = list(widths(longest, narrowest=narrowest))
+  sizes = list(cache_columns(longest, narrowest=narrowest))
   found = {
     name: [shrinking(x, cost, shrink, sizes) for x in batches]
     for name, shrink in SHRINK.items()

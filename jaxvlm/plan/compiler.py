@@ -181,7 +181,7 @@ def memory(compiled: Any, reports: pathlib.Path) -> Memory:
 
 
 def size(tree: Any) -> int:
-  """Bytes of arrays on one chip; what is none counts nothing."""
+  """Bytes of arrays on one chip; what is no array counts nothing."""
   return sharding.device_bytes(
     [x for x in jax.tree.leaves(tree) if isinstance(x, jax.ShapeDtypeStruct)]
   )

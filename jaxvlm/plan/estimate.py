@@ -16,7 +16,7 @@ from jaxvlm.plan import batch
 from jaxvlm.plan.chips import Chip
 from jaxvlm.plan.compiler import Compiled, size
 from jaxvlm.plan.programs import FIRST_COLUMNS, Run, microbatches, policies
-from jaxvlm.rollout import sampler
+from jaxvlm.rollout import schedule
 
 FORWARD, BACKWARD = 4, 10  # operations for a pair and number of a head
 
@@ -71,7 +71,7 @@ def estimate(
   named = {one.name: one for one in compiled}
   refills = "admit" in named
   counts = calls(run, refills=refills)
-  attention = attention_flops(run)
+  attention = attention_flops(run, prefills=counts.get("prefill", 1))
   programs = []
   for one in compiled:
     if one.name == "decode":
@@ -111,12 +111,12 @@ def _decoding(
   first: Compiled,
   chip: Chip,
 ) -> Timed:
-  """All tokens of a step, the mean of those in each shape of rows and caches.
+  """Decoding: tokens of a step, and what one needs in the mean.
 
   A shape of fewer rows reads the weights as before and less of the caches; what
   a step needs grows with the columns in a line from the first to all of them.
   """
-  widths = list(sampler.widths(run.stage.max_completion_length))
+  widths = list(schedule.cache_columns(run.stage.max_completion_length))
   at_once, _ = in_flight(run)
   rows = at_once * run.stage.num_completions
   count, found = 0, dict.fromkeys(("compute", "hbm", "ici"), 0.0)
@@ -141,7 +141,7 @@ def calls(run: Run, *, refills: bool) -> Mapping[str, float]:
 
   Args:
     run: whose.
-    refills: as `sampler.refills` says.
+    refills: as `schedule.refills` says.
   """
   stage, lengths = run.stage, run.lengths
   updates = stage.updates_per_rollout
@@ -179,7 +179,7 @@ def calls(run: Run, *, refills: bool) -> Mapping[str, float]:
 def in_flight(run: Run) -> tuple[int, int]:
   """Blocks of a data shard that decode at once, and are admitted together."""
   stage, shards = run.stage, run.shards
-  return sampler.in_flight(
+  return schedule.in_flight(
     run.slots,
     shards=shards,
     each=stage.rollout_questions // shards,
@@ -194,7 +194,7 @@ def decoded(run: Run, *, refills: bool) -> list[tuple[int, int, int, int]]:
   at_once, fresh = in_flight(run)
   lengths = batch.completion_lengths(each * group, run.lengths)
   lengths = np.random.default_rng(0).permutation(lengths).reshape(each, group)
-  shapes = list(sampler.ladder(each, (at_once, group)))
+  shapes = list(schedule.ladder(each, (at_once, group)))
   together = each if refills else at_once
   found: list[tuple[int, int, int, int]] = []
   for i in range(0, each, together):
@@ -207,7 +207,7 @@ def with_columns(
   steps: Sequence[tuple[int, int, int]], longest: int
 ) -> Iterator[tuple[int, int, int, int]]:
   """(blocks, slots, columns, tokens): of the caches, as they grow meanwhile."""
-  *less, all_columns = sampler.widths(longest)
+  *less, all_columns = schedule.cache_columns(longest)
   clock = 0
   for blocks, slots, tokens in steps:
     ends = clock + tokens
@@ -244,7 +244,7 @@ def decode_steps(
     lengths: of the completions of a data shard.
     at_once: blocks.
     fresh: blocks that are admitted together.
-    ladder: of `sampler.ladder`.
+    ladder: of `schedule.ladder`.
   """
   left = lengths[:at_once].copy()
   waiting, group, steps = at_once, lengths.shape[1], 0
@@ -258,7 +258,7 @@ def decode_steps(
     waiting += fresh
   shape, found = (at_once, group), []
   for enough, width in [*ladder, (0, 1)]:
-    for ends in np.unique(np.maximum(left, 0)):
+    for ends in np.unique(np.append(np.maximum(left, 0), 0)):
       if (-(-(left > ends).sum(1) // width)).sum() <= enough:
         break
     found.append((*shape, int(ends + steps)))
@@ -266,8 +266,13 @@ def decode_steps(
   return found
 
 
-def attention_flops(run: Run) -> Mapping[str, float]:
-  """Operations on a chip within fused kernels, which the HLO does not show."""
+def attention_flops(run: Run, *, prefills: float) -> Mapping[str, float]:
+  """Operations on a chip within fused kernels, which the HLO does not show.
+
+  Args:
+    run: whose.
+    prefills: calls that read the prompts of a step.
+  """
   if run.network.attention == "plain":
     return {}
   text, tower = run.network.config.text_config, run.network.config.vision_config
@@ -300,7 +305,7 @@ def attention_flops(run: Run) -> Mapping[str, float]:
   update = pairs(looks=False)
   looked = FORWARD * pairs(looks=True) if run.reference_looks else 0.0
   return {
-    "prefill": FORWARD * read,
+    "prefill": FORWARD * read / prefills,
     "logprobs": FORWARD * update,
     "logprobs: reference": looked,
     "gradient": (FORWARD * (1 + again) + BACKWARD) * update,

@@ -21,7 +21,7 @@ from jaxvlm.models import Network
 from jaxvlm.plan import batch
 from jaxvlm.plan.batch import Lengths
 from jaxvlm.plan.compiler import Compiler
-from jaxvlm.rollout import prompts, sampler, slots
+from jaxvlm.rollout import prompts, schedule, slots
 from jaxvlm.rollout.sampler import Sampler
 from jaxvlm.rollout.slots import Draws
 from jaxvlm.stages import Stage
@@ -135,7 +135,7 @@ def _rollout(
   program = slots.Program(
     network=network, draws=draws, eos_ids=(0,), pad_id=0, shards=shards
   )
-  at_once, fresh = sampler.in_flight(
+  at_once, fresh = schedule.in_flight(
     run.slots, shards=shards, each=each, group=group
   )
   bucket = prompts.find(station.buckets, run.lengths.longest_prompt)
@@ -170,7 +170,7 @@ def _rollout(
   state = prefill("prefill", read, reads, at_once, beside)
   beside["policy"] = params
   del beside["decode weights"]
-  widths = list(sampler.widths(draws.max_completion_length))
+  widths = list(schedule.cache_columns(draws.max_completion_length))
   caches = compile(
     f"{prefix}empty caches",
     slots.empty_caches,
@@ -212,7 +212,7 @@ def _rollout(
     caches = grown
   state, caches, _ = decode("decode", widths[-1], state, caches)
   beside["decode weights"] = decode_weights
-  refills = sampler.refills(draws, decode_weights, state.prompts)
+  refills = schedule.refills(draws, decode_weights, state.prompts)
   if at_once < each and refills:
     more, reads = _prompts(run, shown[:fresh], bucket)
     waits = {"slots": state, "caches": caches}
@@ -227,7 +227,7 @@ def _rollout(
       new,
       beside=beside | {"caches": caches},
     )
-  shapes = list(sampler.ladder(each, (at_once, group)))
+  shapes = list(schedule.ladder(each, (at_once, group)))
   if shapes:
     rest = dataclasses.replace(state, prompts=[])
     others = {"caches": (state.prompts[1:], caches[1:])}

@@ -16,21 +16,12 @@ from jaxvlm.encoder import Encoder
 from jaxvlm.filling import UNKNOWN, Known
 from jaxvlm.metrics import Metrics, add
 from jaxvlm.models import Network
-from jaxvlm.nn.kv_cache import KVCache
-from jaxvlm.rollout import prompts
+from jaxvlm.rollout import prompts, schedule
 from jaxvlm.rollout import slots as programs
 from jaxvlm.rollout.slots import Draws, Program
 from jaxvlm.types import Params, Question, Rollout, record
 
-# Rows decode in fewer blocks when a quarter of them is left: with halves a step
-# costs less still, but compiling twice as many programs costs more than that.
-_SHRINK = 4
-# Rows of a data shard that cost as much as one would.
-_FEWEST = {"cpu": 8, "gpu": 64, "tpu": 64}
-# Columns of a cache below which fewer are not worth another program.
-_NARROWEST = {"cpu": 64, "gpu": 256, "tpu": 256}
-
-__all__ = ["Draws", "Sampler", "Weights", "ladder"]
+__all__ = ["Draws", "Sampler", "Weights"]
 
 
 @record
@@ -144,10 +135,12 @@ class Sampler:
     draws: Draws,
     limits: Int[np.ndarray, "Q G"] | None = None,
   ) -> Callable[[], Rollout]:
-    """`sample`, not waited for: the host is free while the device works.
+    """`sample`, not waited for: the device works while the host is free.
+
+    It does until rows have to be sorted or caches to grow, and then waits.
 
     Returns:
-      What waits for the completions and gives them.
+      What goes on, waits for the completions and gives them.
     """
     if limits is None:
       shape = (len(questions), draws.num_completions)
@@ -161,7 +154,7 @@ class _Decoding:
   """One rollout under way: which row is whose, and what goes on in its place.
 
   Questions that wait take the place of those that have ended, or begin when all
-  have, with caches of few columns; see `refills`. When none is to come and few
+  have, with caches of few columns; see `schedule.refills`. When none is to come and few
   rows are left, those go on in fewer blocks. The host hears of the rows only
   then, and where the caches have to grow.
   """
@@ -190,7 +183,7 @@ class _Decoding:
     )
     self._shards = shards // jax.process_count()  # of this host
     each, group = len(questions) // self._shards, draws.num_completions
-    at_once, self._fresh = in_flight(
+    at_once, self._fresh = schedule.in_flight(
       sampler.slots, shards=shards, each=each, group=group
     )
     self._each, self._at_once = each, at_once
@@ -208,7 +201,9 @@ class _Decoding:
     self._waiting = 0  # first question of a shard that was not admitted
     with sharding.use(sampler.mesh):
       self._begin()
-      self._refill = refills(draws, weights.decode, self._slots.prompts)
+      self._refill = schedule.refills(
+        draws, weights.decode, self._slots.prompts
+      )
       self._decode()
 
   def _begin(self) -> None:
@@ -216,9 +211,11 @@ class _Decoding:
     self._slots = self._caches = None  # no longer held
     blocks, group = self._at_once, self._program.draws.num_completions
     self._shape = (blocks, group)  # blocks of a data shard, slots
-    self._ladder = list(ladder(self._each, self._shape))
-    self._sizes = list(widths(self._program.draws.max_completion_length))
-    self._columns = self._sizes.pop(0)  # of the caches
+    self._ladder = list(schedule.ladder(self._each, self._shape))
+    self._larger = list(
+      schedule.cache_columns(self._program.draws.max_completion_length)
+    )
+    self._columns = self._larger.pop(0)  # of the caches
     # The question of each block, of this host's, and the completion of each
     # slot; -1: nobody's.
     self._owner = np.full((self._shards, blocks), -1)
@@ -226,7 +223,7 @@ class _Decoding:
     self._clock = jnp.int32(0)
     self._slots = self._prefill(np.tile(np.arange(blocks), (self._shards, 1)))
     shape = (blocks * self._program.shards, group)
-    with self._compiles("caches", shape, columns=self._columns):
+    with self._compiles(f"caches, {self._columns} columns", shape):
       self._caches = programs.empty_caches(
         self._program, (*shape, self._columns)
       )
@@ -247,7 +244,7 @@ class _Decoding:
             self._begin()
           else:
             return self._rollout
-        if self._sizes and int(self._clock) == self._columns:
+        if self._larger and int(self._clock) == self._columns:
           self._grow()
         self._decode()
 
@@ -274,7 +271,7 @@ class _Decoding:
     """To the goal, or until the caches are full."""
     enough, width = self._goal
     shape = self._slots.ended.shape
-    with self._compiles("decode", shape, columns=self._columns):
+    with self._compiles(f"decode, {self._columns} columns", shape):
       self._slots, self._caches, self._clock = programs.decode(
         self._program,
         self._each,
@@ -291,6 +288,7 @@ class _Decoding:
   def _compiles(
     self, name: str, shape: tuple[int, ...], **sizes: int
   ) -> contextlib.AbstractContextManager[None]:
+    """Counts shapes; of what has caches, by their columns, which are few."""
     blocks, slots = shape
     return compiling.program(
       name,
@@ -341,10 +339,9 @@ class _Decoding:
 
   def _grow(self) -> None:
     """The caches get the next size."""
-    columns = self._sizes.pop(0)
-    with self._compiles(
-      "grow", self._slots.ended.shape, columns=self._columns, to=columns
-    ):
+    columns = self._larger.pop(0)
+    shape = self._slots.ended.shape
+    with self._compiles(f"grow, {self._columns} columns", shape):
       self._caches = programs.grow(self._caches, columns)
     self._columns = columns
 
@@ -382,9 +379,8 @@ class _Decoding:
           at += 1
     self._shape, self._owner, self._member = shape, owner, member
     with self._compiles(
-      "regroup",
+      f"regroup, {self._columns} columns",
       self._slots.ended.shape,
-      columns=self._columns,
       to_blocks=self._program.shards * shape[0],
       to_slots=shape[1],
     ):
@@ -435,83 +431,6 @@ class _Decoding:
     ):
       turned = np.take_along_axis(part[done], ring, axis=1)
       whole[at] = np.where(said, turned, whole[at])
-
-
-def in_flight(
-  slots: int, *, shards: int, each: int, group: int
-) -> tuple[int, int]:
-  """Blocks of a data shard that decode at once, and that are admitted at a time.
-
-  Args:
-    slots: completions that decode at once; 0: all.
-    shards: data shards.
-    each: questions of a shard.
-    group: completions of a question.
-  """
-  at_once = slots // (shards * group) if slots else each
-  at_once = min(max(at_once, 1), each)
-  return at_once, max(at_once // _SHRINK, 1)
-
-
-def refills(
-  draws: Draws, weights: Params, prompt_caches: list[KVCache]
-) -> bool:
-  """Whether waiting questions take the place of ended ones, or begin after all.
-
-  The former keeps all slots busy, so that fewer steps read the weights; but
-  soon some row is old wherever others begin, and each step reads caches of all
-  columns. So it is better where these are less than the weights.
-
-  Args:
-    draws: how many completions, and how long.
-    weights: that decoding reads; arrays, or shapes that are placed.
-    prompt_caches: of the questions that decode at once, likewise.
-  """
-  bytes_ = sharding.device_bytes
-  columns = draws.num_completions * draws.max_completion_length
-  caches = sum(
-    bytes_(cache) * (1 + columns / cache.keys.shape[2])
-    for cache in prompt_caches
-  )
-  return caches <= bytes_(weights)
-
-
-def ladder(
-  questions: int,
-  shape: tuple[int, int],
-  *,
-  shrink: int = _SHRINK,
-  fewest: int | None = None,
-) -> Iterator[tuple[int, int]]:
-  """Shapes (blocks, slots) of ever fewer rows of a data shard.
-
-  Args:
-    questions: of the shard.
-    shape: that it begins with.
-    shrink: how many times fewer rows the next shape has.
-    fewest: rows below which it is not worth another shape; None: the backend's.
-  """
-  if fewest is None:
-    fewest = _FEWEST[sharding.backend()]
-  rows = shape[0] * shape[1]
-  while rows > fewest:
-    rows = -(-rows // shrink)
-    width = max(rows // questions, 1)
-    yield -(-rows // width), width
-
-
-def widths(length: int, *, narrowest: int | None = None) -> Iterator[int]:
-  """Columns that the caches have one after the other; each is twice the last.
-
-  Args:
-    length: the longest completion's, the last of them.
-    narrowest: the first; None: the backend's.
-  """
-  columns = _NARROWEST[sharding.backend()] if narrowest is None else narrowest
-  while 3 * columns <= 2 * length:  # one little below the longest saves little
-    yield columns
-    columns *= 2
-  yield length
 
 
 def _chunks(x: np.ndarray, size: int) -> Iterator[np.ndarray]:

@@ -2,9 +2,9 @@
 
 Completions decode in B blocks of W slots; those of a block answer one question
 and read one copy of its prompt. All write the same column of a ring of C
-columns, whenever they began, so that no write is a scatter. The ring of the
-caches has fewer columns, c, until as many are written: what a step reads of
-them it reads whole.
+columns, whenever they began, so that no write is a scatter. Caches have fewer
+columns, c, until as many are written, and are no ring before they have C: a
+step reads them whole.
 """
 
 import dataclasses
@@ -227,7 +227,7 @@ def grow(caches: list[KVCache], columns: int) -> list[KVCache]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def grow_layer(completion: KVCache, columns: int) -> KVCache:
-  """Keys and values of one layer: [B K W c H]."""
+  """Keys and values of one layer, [B K W c H], with more columns."""
 
   def widen(x: Array) -> Array:
     wider = jnp.zeros((*x.shape[:3], columns, x.shape[4]), x.dtype)

@@ -17,7 +17,7 @@ from jaxvlm.filling import Known, sizes_of
 from jaxvlm.models import Network
 from jaxvlm.nn.decoder import Embeds
 from jaxvlm.plan import estimate
-from jaxvlm.rollout import sampler as sampler_module
+from jaxvlm.rollout import schedule
 from jaxvlm.rollout import slots as slots_module
 from jaxvlm.rollout.sampler import Draws, Sampler
 from jaxvlm.types import Example, Question
@@ -105,7 +105,7 @@ def test_the_mesh_does_not_matter(sample, make_mesh, questions, rollout, sizes):
 
 
 def choose(monkeypatch, refill):
-  monkeypatch.setattr(sampler_module, "refills", lambda *_: refill)
+  monkeypatch.setattr(schedule, "refills", lambda *_: refill)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
@@ -126,8 +126,8 @@ def test_neither_slots_nor_refill_nor_growth_matter(
 ):
   """With 3 or 12 slots questions wait; in the end few rows are left."""
   choose(monkeypatch, refill)
-  monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
-  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", columns)
+  monkeypatch.setitem(schedule._FEWEST, "cpu", 1)
+  monkeypatch.setitem(schedule._NARROWEST, "cpu", columns)
   found = sample(make_mesh(*sizes), questions, slots=slots)
   assert_same_completions(found, rollout)
 
@@ -175,8 +175,8 @@ def test_limits_hold_through_refill_regrouping_and_growth(
   if whole:
     limits[[1, 3]] = 1
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(sampler_module._FEWEST, "cpu", 1)
-    patch.setitem(sampler_module._NARROWEST, "cpu", columns)
+    patch.setitem(schedule._FEWEST, "cpu", 1)
+    patch.setitem(schedule._NARROWEST, "cpu", columns)
     choose(patch, refill)
     found = sample(
       mesh, [questions[q] for q in order], limits=limits, slots=slots
@@ -195,11 +195,12 @@ def test_the_shapes_of_every_program_are_counted(
     yield
 
   monkeypatch.setattr(compiling, "program", program)
-  monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
-  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 4)
+  monkeypatch.setitem(schedule._FEWEST, "cpu", 1)
+  monkeypatch.setitem(schedule._NARROWEST, "cpu", 4)
   choose(monkeypatch, refill=True)
   sample(mesh, questions, slots=3)
-  jitted = {"prefill", "caches", "decode", "grow", "admit", "regroup"}
+  jitted = {"prefill", "admit", "caches, 4 columns", "grow, 4 columns"}
+  jitted |= {"decode, 4 columns", "decode, 8 columns", "regroup, 8 columns"}
   assert counted == jitted | {"encode"}
 
 
@@ -401,7 +402,7 @@ def test_decoding_stops_with_the_last_completion(chain):
 
 def test_ended_rows_stop_costing(chain, monkeypatch):
   """Rows of four questions are fed while they are many, then those left."""
-  monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
+  monkeypatch.setitem(schedule._FEWEST, "cpu", 1)
   limits = np.array([[2, 2, 2, 2], [2, 2, 3, 2], [2, 2, 2, 4], [6, 2, 2, 5]])
   rollout = chain(
     table_of([2, 3, 4, 5, 2]),
@@ -414,7 +415,7 @@ def test_ended_rows_stop_costing(chain, monkeypatch):
 
 
 def test_caches_grow_as_their_columns_are_written(chain, monkeypatch):
-  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 2)
+  monkeypatch.setitem(schedule._NARROWEST, "cpu", 2)
   rollout = chain(table_of([2, 3, 4, 5, 2]), [2, 3], max_completion_length=10)
   assert rollout.completion_mask.all()
   # The last of ten tokens is drawn, and never fed.
@@ -429,7 +430,7 @@ def test_caches_grow_as_their_columns_are_written(chain, monkeypatch):
 
 def test_a_ring_of_all_columns_is_never_full(chain, monkeypatch):
   """Questions one after the other: 3 + 2 + 5 fed tokens through six columns."""
-  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 2)
+  monkeypatch.setitem(schedule._NARROWEST, "cpu", 2)
   limits = np.array([[4, 4], [3, 3], [6, 6]], np.int32)
   rollout = chain(table_of([2, 3, 4, 5, 2]), [2, 3, 4], slots=2, limits=limits)
   np.testing.assert_array_equal(rollout.completion_mask.sum(-1), limits)
@@ -446,7 +447,7 @@ class Unshuffled:
 
 @pytest.mark.parametrize(
   ("slots", "refill"),
-  [(0, True), (6, True), (2, True), (6, False), (8, False), (2, False)],
+  [(0, True), (6, True), (2, True), (6, False), (8, False), (10, False)],
 )
 @pytest.mark.parametrize("seed", range(2))
 def test_a_plan_foresees_the_shapes_that_decode(
@@ -454,8 +455,8 @@ def test_a_plan_foresees_the_shapes_that_decode(
 ):
   """Also where the last wave has fewer questions."""
   choose(monkeypatch, refill)
-  monkeypatch.setitem(sampler_module._FEWEST, "cpu", 1)
-  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 2)
+  monkeypatch.setitem(schedule._FEWEST, "cpu", 1)
+  monkeypatch.setitem(schedule._NARROWEST, "cpu", 2)
   limits = np.random.default_rng(seed).integers(2, 11, (6, 2))
   limits[-1] = 10
   chain(
@@ -496,7 +497,7 @@ def test_a_plan_foresees_the_shapes_that_decode(
   ],
 )
 def test_caches_double_until_they_hold_the_longest(length, expected):
-  assert list(sampler_module.widths(length, narrowest=256)) == expected
+  assert list(schedule.cache_columns(length, narrowest=256)) == expected
 
 
 def test_a_question_that_waits_takes_the_place_of_one_that_ended(chain):
@@ -521,7 +522,7 @@ def test_questions_that_wait_begin_with_few_columns_when_all_have_ended(
   chain, monkeypatch
 ):
   choose(monkeypatch, refill=False)
-  monkeypatch.setitem(sampler_module._NARROWEST, "cpu", 2)
+  monkeypatch.setitem(schedule._NARROWEST, "cpu", 2)
   limits = np.array([[2, 2], [4, 4], [3, 3]], np.int32)
   rollout = chain(table_of([2, 3, 4, 5, 2]), [2, 3, 4], slots=4, limits=limits)
   np.testing.assert_array_equal(rollout.completion_mask.sum(-1), limits)
@@ -547,7 +548,7 @@ def test_questions_take_the_place_of_ended_ones_where_weights_are_most(
   bytes_ = 4 * numbers // 7 * (7 + 3 * 8)
   for weights, expected in ((bytes_, True), (bytes_ - 1, False)):
     like = jax.ShapeDtypeStruct((weights,), jnp.int8)
-    assert sampler_module.refills(draws, {"w": like}, caches) == expected
+    assert schedule.refills(draws, {"w": like}, caches) == expected
 
 
 def test_each_step_feeds_the_token_and_the_position_that_follow(chain):
