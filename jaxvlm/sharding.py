@@ -258,10 +258,13 @@ def whole(mesh: Mesh, shapes: Any, axes: Any) -> dict[str, list[int]]:
 def device_bytes(tree: Any) -> int:
   """Bytes on one device of arrays, or of shapes that are placed."""
   return sum(
-    math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape)
-    * x.dtype.itemsize
-    for x in jax.tree.leaves(tree)
+    math.prod(device_shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
   )
+
+
+def device_shape(x: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
+  """Of an array's part on one device."""
+  return x.sharding.shard_shape(x.shape) if x.sharding else x.shape
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

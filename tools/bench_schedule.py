@@ -35,7 +35,7 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from jaxvlm.rollout.schedule import cache_columns, ladder
+from jaxvlm.rollout.schedule import cache_columns, in_flight, ladder
 
 Lengths = Int[np.ndarray, "Q G"]
 Shapes = set[tuple[int, int]]  # rows, columns; a program decodes each
@@ -169,7 +169,7 @@ def compare(
   found["whole"] = [shrinking(x, cost, QUARTERS, [longest]) for x in batches]
   if slots:
     questions, group = batches[0].shape
-    at_once = min(max(slots // group, 1), questions)
+    at_once, _ = in_flight(slots, shards=1, each=questions, group=group)
     found["waves"] = [waves(x, cost, at_once, sizes) for x in batches]
     found["refill"] = [refill(x, cost, at_once, sizes) for x in batches]
   means = {

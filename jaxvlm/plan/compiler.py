@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxvlm import sharding
@@ -187,14 +186,12 @@ def size(tree: Any) -> int:
   )
 
 
-def _shard(x: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-  return x.sharding.shard_shape(x.shape) if x.sharding else x.shape
-
-
 def _replicated(arguments: Any) -> tuple[int, str]:
   found = [(0, "")]
   for path, x in jax.tree_util.tree_leaves_with_path(arguments):
-    if isinstance(x, jax.ShapeDtypeStruct) and _shard(x) == x.shape:
-      bytes_ = int(np.prod(x.shape)) * x.dtype.itemsize
-      found.append((bytes_, jax.tree_util.keystr(path)))
+    if (
+      isinstance(x, jax.ShapeDtypeStruct)
+      and sharding.device_shape(x) == x.shape
+    ):
+      found.append((size(x), jax.tree_util.keystr(path)))
   return max(found)
